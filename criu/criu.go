@@ -1,0 +1,149 @@
+// Package criu drives CRIU to dump a running container so that an unmodified runc or crun can restore the images.
+//
+// It takes a plain description of the container, sets the options that the container's own OCI runtime would have set, and
+// gives the caller the one moment at which memory and files can be captured in step: memory written, tasks still stopped.
+// However a dump ends, the tasks run again. The package never kills criu in the middle of a dump: that would leave tasks
+// with foreign code mapped, the cgroup frozen and the network locked.
+//
+// Dump belongs in a process of its own (see Dump); everything else can be called from anywhere.
+package criu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+
+	gocriu "github.com/checkpoint-restore/go-criu/v7"
+	"golang.org/x/sys/unix"
+)
+
+// Runtime is the OCI runtime by whose conventions images are named. Images of a container with masked files cannot be
+// restored by the other one.
+type Runtime string
+
+// The runtimes whose conventions are known.
+const (
+	Runc Runtime = "runc"
+	Crun Runtime = "crun"
+)
+
+// Namespace is a namespace that existed before the container and that the restorer is to provide.
+type Namespace struct {
+	Type  string // as in the OCI spec: "network", "pid", …; CRIU needs to know of those two only
+	Inode uint64
+}
+
+// Container describes what is dumped. Paths are those of the caller's mount namespace unless another is named.
+type Container struct {
+	Pid     int // of the init process, in the caller's pid namespace
+	Runtime Runtime
+	Rootfs  string // the container's root file system, mounted
+	Freezer string // directory of a cgroup that can be frozen, v1 or v2; empty: CRIU stops the tasks one by one
+	// SharedNamespaces are those that the OCI spec names by a path.
+	SharedNamespaces []Namespace
+	// ExternalMounts are mount points inside the container whose content is not the image's: bind mounts, devices, and
+	// on cgroup v1 the controllers.
+	ExternalMounts []string
+	// MaskedFiles are the files inside the container that the runtime has covered with /dev/null.
+	MaskedFiles []string
+	// Descriptors is what descriptors 0, 1 and 2 of init were at start, as in the runtime's state. Runtimes refuse to
+	// restore without it.
+	Descriptors []string
+}
+
+// Dump is one dump. The directories belong to the caller, are empty at the start and private to root.
+type Dump struct {
+	Criu      string // absolute path of the binary
+	Container Container
+	Images    *os.File // directory for CRIU's images
+	Work      *os.File // directory for dump.log and stats-dump
+	// PostDump is called once, when all images are written and the tasks are still stopped. An error from it fails the
+	// dump. It is called on the goroutine that called Run.
+	PostDump func() error
+}
+
+// Run dumps the container and leaves it running. It returns when criu has exited.
+//
+// When ctx ends, the dump is stopped: criu rolls back by itself, the container runs again and Run returns ctx's cause. A
+// dump whose PostDump has returned is past stopping, and goes on to its end. An error is a *Error, or a failure to start criu.
+//
+// The calling process must be made for this: Run ignores SIGXFSZ in it and takes its only child for criu. go-criu starts
+// criu with its caller's signals, and tells no pid, so a process that does anything else cannot stop a dump safely.
+func (d Dump) Run(ctx context.Context) (Stats, error) {
+	// An ignored signal survives exec: in criu a write beyond RLIMIT_FSIZE is then an error and not its death.
+	signal.Ignore(unix.SIGXFSZ)
+
+	// Without an established TCP connection there is nothing to lock the pod's network for, and that would cut off its
+	// other containers and its probes too. Where there is one, CRIU says so before it has written any memory.
+	err := d.run(ctx, skipNetworkLock)
+	if errors.Is(err, errConnectedTCP) {
+		if err := removeContent(d.Images); err != nil {
+			return Stats{}, fmt.Errorf("clear images of first attempt: %w", err)
+		}
+		err = d.run(ctx, lockNetwork)
+	}
+	if err != nil {
+		return Stats{}, err
+	}
+	return readStats(d.Work)
+}
+
+func (d Dump) run(ctx context.Context, network networkMode) error {
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	if err := writeDescriptors(d.Images, d.Container.Descriptors); err != nil {
+		return err
+	}
+	criu := gocriu.MakeCriu()
+	criu.SetCriuPath(d.Criu)
+	if err := criu.Prepare(); err != nil {
+		return fmt.Errorf("start criu: %w", err)
+	}
+	aborter, err := abortOnDone(ctx)
+	if err != nil {
+		return errors.Join(err, criu.Cleanup())
+	}
+	hook := &notify{ctx: ctx, aborter: aborter, postDump: d.PostDump}
+	err = criu.Dump(d.options(network), hook)
+	// The pid is criu's until Cleanup has waited for it: only then is it safe to have stopped aborting.
+	aborter.stop()
+	if cleanupErr := criu.Cleanup(); err == nil && cleanupErr != nil {
+		err = cleanupErr
+	}
+	switch {
+	case err == nil:
+		return nil
+	case hook.err != nil:
+		return hook.err
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	}
+	return diagnose(d.Work, err)
+}
+
+// notify receives CRIU's notifications; those that it does not name need no answer of ours.
+type notify struct {
+	gocriu.NoNotify
+	ctx      context.Context
+	aborter  *aborter
+	postDump func() error
+	err      error // what PostDump failed with
+}
+
+// PostDump is the last moment at which the dump can be stopped. From its return on criu only unlocks and resumes, and a
+// write of it that fails then would do nothing but harm.
+func (n *notify) PostDump() error {
+	n.err = n.ctx.Err()
+	if n.err != nil {
+		n.err = context.Cause(n.ctx)
+	} else if n.postDump != nil {
+		n.err = n.postDump()
+	}
+	if n.err == nil && n.aborter.stop() {
+		n.err = context.Cause(n.ctx)
+	}
+	return n.err
+}
