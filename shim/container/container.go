@@ -1,0 +1,162 @@
+// Package container answers one question: who is this container?
+//
+// From what the runtime says (a verbose ContainerStatus), what it keeps on disk (the bundle and the OCI runtime's state) and
+// what the kernel knows (/proc) it makes one description, complete or not at all: an error says what was looked for and
+// where. It changes nothing, neither in the container nor on the node, and trusts nothing that the container can write.
+package container
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Errors that callers act on; they are found by errors.Is.
+var (
+	ErrNotFound    = errors.New("no such container")
+	ErrNotRunning  = errors.New("container is not running")
+	ErrUnsupported = errors.New("container cannot be checkpointed")
+)
+
+// Container is a running container. It is a snapshot, never changed after Describe returns; the process that it names may
+// end at any time, which Process.Verify tells. Paths are those of this process's mount namespace unless another is named.
+type Container struct {
+	// Status is what the runtime says of the container.
+	Status *runtimeapi.ContainerStatus
+	// Process is the container's init.
+	Process Process
+	// Spec is the bundle's config.json, verbatim.
+	Spec []byte
+	// Runtime is the OCI runtime by its conventions: "runc" or "crun".
+	Runtime string
+	// Rootfs is the root file system, mounted.
+	Rootfs string
+	// UpperDir is the upper directory of the overlay at Rootfs; empty where nothing can be written to it.
+	UpperDir string
+	// CgroupVersion is that of the hierarchy with the freezer, 1 or 2, and Freezer the container's directory in it.
+	CgroupVersion int
+	Freezer       string
+	// SharedNamespaces are those that the spec names by a path.
+	SharedNamespaces []Namespace
+	// ExternalMounts are mount points inside the container whose content is not the image's: bind mounts with symlinks
+	// resolved, devices, and on cgroup v1 the controllers.
+	ExternalMounts []string
+	// BindMounts are the spec's bind mounts.
+	BindMounts []specs.Mount
+	// MaskedFiles are files inside the container that the runtime has covered with /dev/null.
+	MaskedFiles []string
+	// Descriptors is what descriptors 0, 1 and 2 of init were when it started.
+	Descriptors []string
+	// Shm says whether /dev/shm is the pod's, and so not in CRIU's images.
+	Shm bool
+}
+
+// Namespace is a namespace that the container was put into.
+type Namespace struct {
+	Type  string // as in the OCI spec: "network", "pid", …
+	Inode uint64
+}
+
+// Describe looks the container up by its full id or a prefix of it that the runtime accepts. Errors of the runtime itself, such
+// as that it is away, keep their gRPC status.
+func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id string) (*Container, error) {
+	response, err := runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	if status.Code(err) == codes.NotFound {
+		return nil, fmt.Errorf("%w: the runtime knows none with id %q", ErrNotFound, id)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask runtime for container %q: %w", id, err)
+	}
+	c := &Container{Status: response.GetStatus()}
+	if state := c.Status.GetState(); state != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return nil, notRunning(c.Status)
+	}
+	info, err := parseInfo(response.GetInfo())
+	if err != nil {
+		return nil, err
+	}
+	if c.Process, err = FindProcess(info.Pid); err != nil {
+		return nil, err
+	}
+	bundle, err := findBundle(c.Status.GetId(), info)
+	if err != nil {
+		return nil, err
+	}
+	if c.Spec, err = readBounded(filepath.Join(bundle, "config.json")); err != nil {
+		return nil, fmt.Errorf("read OCI spec: %w", err)
+	}
+	spec := &specs.Spec{}
+	if err := json.Unmarshal(c.Spec, spec); err != nil {
+		return nil, fmt.Errorf("parse OCI spec of %s: %w", bundle, err)
+	}
+	if spec.Root == nil || spec.Linux == nil {
+		return nil, fmt.Errorf("%w: its specification in %s has no root or no Linux part: is this a container of the kind that runc runs?",
+			ErrUnsupported, bundle)
+	}
+	if c.Rootfs = spec.Root.Path; !filepath.IsAbs(c.Rootfs) {
+		c.Rootfs = filepath.Join(bundle, c.Rootfs)
+	}
+	state, err := findState(c.Status.GetId(), bundle, info)
+	if err != nil {
+		return nil, err
+	}
+	c.Runtime, c.Descriptors = state.runtime, state.descriptors
+	if state.pid != info.Pid {
+		return nil, fmt.Errorf("%w: the runtime says that its pid is %d, %s that it is %d: has it just been restarted?",
+			ErrNotRunning, info.Pid, state.runtime, state.pid)
+	}
+	if err := c.describeMounts(spec); err != nil {
+		return nil, err
+	}
+	if c.SharedNamespaces, err = sharedNamespaces(info.Pid, spec.Linux.Namespaces); err != nil {
+		return nil, err
+	}
+	if c.CgroupVersion, c.Freezer, err = findFreezer(info.Pid, state.cgroup); err != nil {
+		return nil, err
+	}
+	// Everything above was read by pid; only now is it known to have been of one process.
+	if err := c.Process.Verify(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func notRunning(s *runtimeapi.ContainerStatus) error {
+	state := map[runtimeapi.ContainerState]string{
+		runtimeapi.ContainerState_CONTAINER_CREATED: "created, but not started yet",
+		runtimeapi.ContainerState_CONTAINER_EXITED:  fmt.Sprintf("exited, with code %d", s.GetExitCode()),
+	}[s.GetState()]
+	if state == "" {
+		state = "in an unknown state"
+	}
+	return fmt.Errorf("%w: %s (%s) is %s; only a running container can be checkpointed",
+		ErrNotRunning, s.GetMetadata().GetName(), short(s.GetId()), state)
+}
+
+func short(id string) string { return id[:min(len(id), 12)] }
+
+func sharedNamespaces(pid int, namespaces []specs.LinuxNamespace) ([]Namespace, error) {
+	files := map[specs.LinuxNamespaceType]string{specs.NetworkNamespace: "net", specs.PIDNamespace: "pid"}
+	var shared []Namespace
+	for _, ns := range namespaces {
+		file := files[ns.Type]
+		if ns.Path == "" || file == "" {
+			continue
+		}
+		// Where the process is counts, not the spec's path, which goes through a process of the pod that may have ended.
+		info, err := os.Stat(fmt.Sprintf("/proc/%d/ns/%s", pid, file))
+		if err != nil {
+			return nil, fmt.Errorf("look at %s namespace: %w", ns.Type, err)
+		}
+		shared = append(shared, Namespace{Type: string(ns.Type), Inode: inode(info)})
+	}
+	return shared, nil
+}

@@ -1,0 +1,129 @@
+package container
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	securejoin "github.com/cyphar/filepath-securejoin"
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// describeMounts fills in what the mount table of the container's init says, read with the spec at hand.
+func (c *Container) describeMounts(spec *specs.Spec) error {
+	file, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", c.Process.Pid))
+	if err != nil {
+		return gone(c.Process.Pid, err)
+	}
+	defer file.Close()
+	// Where several are mounted on one another at the same place, the last is the one that is seen.
+	mounts := make(map[string]*mountinfo.Info)
+	table, err := mountinfo.GetMountsFromReader(file, nil)
+	if err != nil {
+		return fmt.Errorf("parse mount table of process %d: %w", c.Process.Pid, err)
+	}
+	for _, m := range table {
+		mounts[m.Mountpoint] = m
+	}
+	if c.UpperDir, err = upperDir(mounts["/"]); err != nil {
+		return err
+	}
+	for _, m := range spec.Mounts {
+		switch {
+		case m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind"):
+			resolved, err := resolve(c.Rootfs, m.Destination)
+			if err != nil {
+				return err
+			}
+			c.BindMounts = append(c.BindMounts, m)
+			c.ExternalMounts = append(c.ExternalMounts, resolved)
+			if resolved == "/dev/shm" {
+				// The node's own, of a pod with hostIPC, is not this container's to take.
+				c.Shm = m.Source != "/dev/shm"
+			}
+		case m.Type == "cgroup":
+			// On v1 without a cgroup namespace each controller below is a bind mount of the node's. With a cgroup namespace
+			// they are mounts of their own, whose root is the namespace's, and CRIU restores them.
+			if hasPrivateCgroup(spec.Linux.Namespaces) {
+				continue
+			}
+			for _, below := range table {
+				if below.FSType == "cgroup" && path.Dir(below.Mountpoint) == path.Clean(m.Destination) {
+					c.ExternalMounts = append(c.ExternalMounts, below.Mountpoint)
+				}
+			}
+		}
+	}
+	for _, device := range spec.Linux.Devices {
+		if mounts[device.Path] != nil {
+			c.ExternalMounts = append(c.ExternalMounts, device.Path)
+		}
+	}
+	for _, masked := range spec.Linux.MaskedPaths {
+		// A masked directory is an empty tmpfs, which CRIU dumps as such; a masked file is /dev/null, from outside.
+		if m := mounts[masked]; m != nil && path.Base(m.Root) == "null" {
+			c.MaskedFiles = append(c.MaskedFiles, masked)
+		}
+	}
+	return nil
+}
+
+func hasPrivateCgroup(namespaces []specs.LinuxNamespace) bool {
+	return slices.ContainsFunc(namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.CgroupNamespace })
+}
+
+// resolve follows the symlinks of a mount's destination as the runtime did: inside the root file system, without what is
+// mounted in it. /var/run becomes /run in most images.
+func resolve(rootfs, destination string) (string, error) {
+	joined, err := securejoin.SecureJoin(rootfs, destination)
+	if err != nil {
+		return "", fmt.Errorf("resolve mount point %s: %w", destination, err)
+	}
+	return "/" + strings.TrimPrefix(strings.TrimPrefix(joined, filepath.Clean(rootfs)), "/"), nil
+}
+
+// upperDir reads the upper directory of an overlay out of its mount options.
+func upperDir(root *mountinfo.Info) (string, error) {
+	if root == nil {
+		return "", errors.New("find root file system: the container's mount table has no /")
+	}
+	if root.FSType != "overlay" {
+		return "", fmt.Errorf("%w: its root file system is %s; only changes on overlay can be captured so far: use the snapshotter overlayfs",
+			ErrUnsupported, root.FSType)
+	}
+	for option := range strings.SplitSeq(root.VFSOptions, ",") {
+		dir, ok := strings.CutPrefix(option, "upperdir=")
+		if !ok {
+			continue
+		}
+		if !filepath.IsAbs(dir) {
+			return "", fmt.Errorf("%w: the upper directory of its overlay is given as %q, relative to a directory that nobody knows any more",
+				ErrUnsupported, dir)
+		}
+		if _, err := os.Stat(dir); err != nil {
+			return "", fmt.Errorf("find upper directory of the overlay: %w: crishim must see the runtime's own mounts", err)
+		}
+		return dir, nil
+	}
+	return "", nil // an overlay of lower directories alone, which nothing can be written to
+}
+
+func parentPid(pid int) (int, error) {
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range bytes.Lines(content) {
+		if value, ok := bytes.CutPrefix(line, []byte("PPid:")); ok {
+			return strconv.Atoi(string(bytes.TrimSpace(value)))
+		}
+	}
+	return 0, fmt.Errorf("read parent of process %d: no PPid", pid)
+}

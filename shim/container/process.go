@@ -1,0 +1,100 @@
+package container
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Process names a process in such a way that a pid used again is noticed. It holds no resource.
+type Process struct {
+	Pid       int    // in this process's pid namespace
+	StartTime uint64 // field 22 of /proc/PID/stat, in clock ticks since boot
+	Cgroup    string // content of /proc/PID/cgroup
+}
+
+// FindProcess names the process that has the pid now.
+func FindProcess(pid int) (Process, error) {
+	p := Process{Pid: pid}
+	var err error
+	if p.StartTime, err = startTime(pid); err != nil {
+		return Process{}, err
+	}
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return Process{}, gone(pid, err)
+	}
+	p.Cgroup = string(content)
+	return p, nil
+}
+
+// Verify says whether the process still is the one that was named: alive, not a zombie, and in the same cgroup.
+func (p Process) Verify() error {
+	now, err := FindProcess(p.Pid)
+	if err != nil {
+		return err
+	}
+	if now.StartTime != p.StartTime {
+		return fmt.Errorf("%w: pid %d is another process by now", ErrNotRunning, p.Pid)
+	}
+	if now.Cgroup != p.Cgroup {
+		return fmt.Errorf("%w: process %d has moved to another cgroup", ErrNotRunning, p.Pid)
+	}
+	return nil
+}
+
+// Pin verifies the process and returns a pidfd (Linux 5.3) of it, which the caller closes. While it is open the pid may be
+// freed, but whether the process has ended can be seen without a race.
+func (p Process) Pin() (*os.File, error) {
+	fd, err := unix.PidfdOpen(p.Pid, 0)
+	if err != nil {
+		return nil, gone(p.Pid, err)
+	}
+	pidfd := os.NewFile(uintptr(fd), fmt.Sprintf("pidfd of %d", p.Pid))
+	if err := p.Verify(); err != nil {
+		return nil, errors.Join(err, pidfd.Close())
+	}
+	return pidfd, nil
+}
+
+func startTime(pid int) (uint64, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, gone(pid, err)
+	}
+	state, start, err := parseStat(stat)
+	if err != nil {
+		return 0, fmt.Errorf("parse /proc/%d/stat: %w", pid, err)
+	}
+	if state == "Z" || state == "X" {
+		return 0, fmt.Errorf("%w: process %d has ended", ErrNotRunning, pid)
+	}
+	return start, nil
+}
+
+// parseStat reads fields 3 and 22 of /proc/PID/stat. Field 2 is the name in parentheses, which may itself hold spaces and
+// parentheses: the process chooses it.
+func parseStat(stat []byte) (state string, start uint64, err error) {
+	end := bytes.LastIndexByte(stat, ')')
+	fields := bytes.Fields(stat[end+1:])
+	if end < 0 || len(fields) < 20 {
+		return "", 0, errors.New("too few fields")
+	}
+	start, err = strconv.ParseUint(string(fields[19]), 10, 64)
+	return string(fields[0]), start, err
+}
+
+func gone(pid int, err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("%w: process %d has ended", ErrNotRunning, pid)
+	}
+	return fmt.Errorf("look at process %d: %w", pid, err)
+}
+
+func inode(info fs.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino }
