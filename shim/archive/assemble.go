@@ -1,0 +1,186 @@
+package archive
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// copyChunk is how much is copied between two looks at the context.
+const copyChunk = 8 << 20
+
+// Assemble writes the archive from what was staged: the regular files in Dir and
+// Images, and nothing else may be there. Each staged file is deleted once it is
+// in the archive, so that a checkpoint needs room for its largest member twice, not for all.
+// After an error, then, only Remove is left to do.
+//
+// progress, if not nil, is called now and then with the bytes written so far,
+// from the same goroutine.
+func (s *Staging) Assemble(ctx context.Context, progress func(written int64)) error {
+	members, err := s.members()
+	if err != nil {
+		return fmt.Errorf("assemble archive: %w", err)
+	}
+	entries, size, err := layout(members, time.Now())
+	if err != nil {
+		return fmt.Errorf("assemble archive: %w", err)
+	}
+	f, err := openAt(s.dir, archiveName, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
+	if err != nil {
+		return fmt.Errorf("assemble archive: %w", s.Explain(err))
+	}
+	w := &writer{file: f, progress: progress}
+	if err := w.write(ctx, entries, size); err != nil {
+		f.Close()
+		return fmt.Errorf("assemble archive: %w", s.Explain(err))
+	}
+	s.archive = f
+	return nil
+}
+
+// members lists what was staged.
+func (s *Staging) members() ([]member, error) {
+	images, err := list(s.images, ImagesDir+"/", "")
+	if err != nil {
+		return nil, err
+	}
+	others, err := list(s.dir, "", ImagesDir)
+	if err != nil {
+		return nil, err
+	}
+	return append(images, others...), nil
+}
+
+// list returns dir's files, except the one named skip. Anything but a regular
+// file is an error: to leave it out would make an archive with a gap, and to
+// follow it one with somebody else's bytes.
+func list(dir *os.File, prefix, skip string) ([]member, error) {
+	again, err := openAt(dir, ".", unix.O_RDONLY|unix.O_DIRECTORY) // has an offset of its own
+	if err != nil {
+		return nil, err
+	}
+	defer again.Close()
+	names, err := again.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	var members []member
+	for _, base := range names {
+		if base == skip {
+			continue
+		}
+		var st unix.Stat_t
+		if err := unix.Fstatat(int(dir.Fd()), base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return nil, &os.PathError{Op: "stat", Path: prefix + base, Err: err}
+		}
+		switch {
+		case prefix != "" && base == "parent":
+			return nil, fmt.Errorf("%sparent: the images build on an earlier pre-dump, which an archive cannot hold: make a full dump", prefix)
+		case st.Mode&unix.S_IFMT != unix.S_IFREG:
+			return nil, fmt.Errorf("%s%s is not a regular file (mode %o): an archive holds nothing else; remove it before the dump is packed", prefix, base, st.Mode)
+		}
+		members = append(members, member{
+			name:    prefix + base,
+			dir:     dir,
+			base:    base,
+			size:    st.Size,
+			modTime: time.Unix(st.Mtim.Unix()),
+		})
+	}
+	return members, nil
+}
+
+// writer moves the bytes of a layout into a file.
+type writer struct {
+	file     *os.File
+	written  int64
+	progress func(written int64)
+}
+
+func (w *writer) write(ctx context.Context, entries []entry, size int64) error {
+	if err := makePrivate(w.file, 0o600); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if w.written != e.offset {
+			return fmt.Errorf("entry %s is due at byte %d, but %d are written", e.member.name, e.offset, w.written)
+		}
+		if err := w.writeBytes(e.header); err != nil {
+			return err
+		}
+		if e.member.dir == nil {
+			continue
+		}
+		if err := w.copyMember(ctx, e.member); err != nil {
+			return fmt.Errorf("pack %s: %w", e.member.name, err)
+		}
+	}
+	if err := w.writeBytes(make([]byte, trailerSize)); err != nil {
+		return err
+	}
+	if w.written != size {
+		return fmt.Errorf("archive of %d bytes has become one of %d", size, w.written)
+	}
+	w.report()
+	return nil
+}
+
+func (w *writer) writeBytes(b []byte) error {
+	n, err := w.file.Write(b)
+	w.written += int64(n)
+	return err
+}
+
+// copyMember copies a staged file behind its header and deletes it.
+func (w *writer) copyMember(ctx context.Context, m member) error {
+	src, err := openAt(m.dir, m.base, unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+
+	for left := m.size; left > 0; {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		// Between two files the kernel copies, by copy_file_range where it can.
+		n, err := w.file.ReadFrom(io.LimitReader(src, min(left, copyChunk)))
+		// Start writing to disk now, so that the sync at the end has less to do.
+		// Only a hint: an error shows up in that sync.
+		unix.SyncFileRange(int(w.file.Fd()), w.written, n, unix.SYNC_FILE_RANGE_WRITE)
+		w.written += n
+		left -= n
+		switch {
+		case err != nil:
+			return err
+		case n == 0:
+			return fmt.Errorf("file shrank by %d bytes while it was packed: something still writes to it", left)
+		}
+		w.report()
+	}
+	info, err := src.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Size() != m.size {
+		return fmt.Errorf("file changed from %d to %d bytes while it was packed: something still writes to it", m.size, info.Size())
+	}
+	if err := w.writeBytes(make([]byte, padding(m.size))); err != nil {
+		return err
+	}
+	if err := unix.Unlinkat(int(m.dir.Fd()), m.base, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return &os.PathError{Op: "unlink", Path: src.Name(), Err: err}
+	}
+	return nil
+}
+
+func (w *writer) report() {
+	if w.progress != nil {
+		w.progress(w.written)
+	}
+}

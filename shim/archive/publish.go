@@ -1,0 +1,98 @@
+package archive
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// Publish makes the assembled archive appear at its location, all at once and
+// synced to disk, and removes the staging directory. It returns ErrExists if something
+// has come to be there meanwhile, and ErrInvalidLocation if the directory has
+// been moved away from the location's path.
+//
+// After an error nothing has appeared, with one exception, which says so: the archive is
+// there, but the directory could not be synced, so a power cut may take it away.
+// When the archive is there and only the staging directory cannot be deleted,
+// Publish succeeds, and a further Remove tells the error.
+func (s *Staging) Publish(ctx context.Context) error {
+	if s.archive == nil {
+		return errors.New("publish archive: it has not been assembled")
+	}
+	if err := s.archive.Sync(); err != nil {
+		return fmt.Errorf("publish archive: %w", s.Explain(err))
+	}
+	if err := s.location.inPlace(); err != nil {
+		return fmt.Errorf("publish archive: %w", err)
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("publish archive: %w", context.Cause(ctx))
+	}
+	if err := s.location.rename(s.dir, archiveName); err != nil {
+		return fmt.Errorf("publish archive: %w", s.Explain(err))
+	}
+	syncErr := s.location.dir.Sync()
+	s.Remove()                                              // the caller's deferred Remove tells if it failed
+	if syncErr != nil && !errors.Is(syncErr, unix.EINVAL) { // EINVAL: a file system on which directories need no sync
+		return fmt.Errorf("publish archive: %s is complete, but may be lost in a power cut: sync its directory: %w", s.location.path, s.Explain(syncErr))
+	}
+	return nil
+}
+
+// inPlace reports ErrInvalidLocation if l's path leads to another directory by
+// now: the archive would be where nobody looks for it.
+func (l *Location) inPlace() error {
+	now, err := openDirectory(filepath.Dir(l.path))
+	if err != nil {
+		return invalidLocation(l.path, err)
+	}
+	defer now.Close()
+	was, err := l.dir.Stat()
+	if err != nil {
+		return err
+	}
+	is, err := now.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(was, is) {
+		return fmt.Errorf("%w %q: its directory has been replaced meanwhile: try again", ErrInvalidLocation, l.path)
+	}
+	return nil
+}
+
+// rename moves the file name of dir to l without replacing anything.
+func (l *Location) rename(dir *os.File, name string) error {
+	err := unix.Renameat2(int(dir.Fd()), name, int(l.dir.Fd()), l.name, unix.RENAME_NOREPLACE)
+	switch err {
+	case nil:
+		return nil
+	case unix.EINVAL, unix.ENOSYS, unix.EOPNOTSUPP:
+		return l.link(dir, name) // NFS and some FUSE file systems know no flags
+	case unix.EEXIST:
+		return fmt.Errorf("%w: %s appeared while the archive was made", ErrExists, l.path)
+	default:
+		return &os.LinkError{Op: "rename", Old: filepath.Join(dir.Name(), name), New: l.path, Err: err}
+	}
+}
+
+// link does what rename does, where that is not supported: a link fails if its
+// name exists. It leaves the old name to Remove: once the new one is there, no error
+// may undo it.
+func (l *Location) link(dir *os.File, name string) error {
+	err := unix.Linkat(int(dir.Fd()), name, int(l.dir.Fd()), l.name, 0)
+	switch err {
+	case nil:
+		unix.Unlinkat(int(dir.Fd()), name, 0)
+		return nil
+	case unix.EEXIST:
+		return fmt.Errorf("%w: %s appeared while the archive was made", ErrExists, l.path)
+	default:
+		return fmt.Errorf("%w: the file system of %s can neither rename without replacing nor link: choose a location on another one",
+			&os.LinkError{Op: "link", Old: filepath.Join(dir.Name(), name), New: l.path, Err: err}, l.dir.Name())
+	}
+}

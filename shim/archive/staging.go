@@ -1,0 +1,229 @@
+package archive
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// stagingPrefix keeps stagings out of the checkpoint-* that readers look for.
+	stagingPrefix = ".crishim-"
+	// archiveName is the archive's name while it is staged. No member begins with a dot.
+	archiveName = ".archive"
+)
+
+// Staging is a hidden directory beside a location, on the same file system,
+// in which an archive comes into being. Its methods are not for concurrent use, except
+// Create, WriteFile and WriteJSON with different names.
+type Staging struct {
+	location *Location
+	name     string
+	dir      *os.File
+	images   *os.File
+	archive  *os.File // nil before Assemble has succeeded
+	removed  bool
+}
+
+// Stage makes a staging directory, mode 0700 and root's. Whatever happens
+// next, the caller ends it with Remove, while l is open. A process that dies
+// without leaves a directory that is named .crishim-*.
+func (l *Location) Stage() (*Staging, error) {
+	s := &Staging{location: l, name: stagingPrefix + rand.Text()}
+	var err error
+	if s.dir, err = makeDirectory(l.dir, s.name); err != nil {
+		return nil, fmt.Errorf("make staging directory: %w", explain(l.dir, err))
+	}
+	if s.images, err = makeDirectory(s.dir, ImagesDir); err != nil {
+		err = fmt.Errorf("make staging directory: %w", explain(l.dir, err))
+		return nil, errors.Join(err, s.Remove())
+	}
+	return s, nil
+}
+
+// makeDirectory makes a directory that did not exist and opens it. If it returns
+// an error, it has left none.
+func makeDirectory(parent *os.File, name string) (*os.File, error) {
+	path := filepath.Join(parent.Name(), name)
+	if err := unix.Mkdirat(int(parent.Fd()), name, 0o700); err != nil {
+		return nil, &os.PathError{Op: "mkdir", Path: path, Err: err}
+	}
+	dir, err := openAt(parent, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err == nil {
+		if err = makePrivate(dir, 0o700); err == nil {
+			return dir, nil
+		}
+		dir.Close()
+	}
+	unix.Unlinkat(int(parent.Fd()), name, unix.AT_REMOVEDIR)
+	return nil, err
+}
+
+// makePrivate gives f to root with exactly this mode: neither the umask nor a
+// set-group-ID or a default ACL of the parent has a say. It looks again, because some file systems
+// (vfat, NFS with squashed root) accept the change and ignore it.
+func makePrivate(f *os.File, mode uint32) error {
+	fd := int(f.Fd())
+	if err := unix.Fchown(fd, 0, 0); err != nil {
+		return &os.PathError{Op: "chown", Path: f.Name(), Err: err}
+	}
+	if err := unix.Fchmod(fd, mode); err != nil {
+		return &os.PathError{Op: "chmod", Path: f.Name(), Err: err}
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	}
+	if st.Uid != 0 || st.Gid != 0 || st.Mode&0o7777 != mode {
+		return fmt.Errorf("%s has owner %d:%d and mode %o although it was given to root alone: "+
+			"choose a location on a file system that keeps owners and modes", f.Name(), st.Uid, st.Gid, st.Mode&0o7777)
+	}
+	return nil
+}
+
+// openAt opens dir's entry name, never following a link and never waiting for
+// the other end of a FIFO. New files get mode 0600, less the umask.
+func openAt(dir *os.File, name string, flags int) (*os.File, error) {
+	path := filepath.Join(dir.Name(), name)
+	fd, err := unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// Dir returns the staging directory. What is created in it becomes a member at
+// the archive's top level. Its Name is its path. It belongs to s: do not close it.
+func (s *Staging) Dir() *os.File { return s.dir }
+
+// Images returns the directory that becomes checkpoint/ in the archive, for CRIU
+// to write its images into. It belongs to s: do not close it.
+func (s *Staging) Images() *os.File { return s.images }
+
+// Create makes an empty file that becomes the member name: a plain name, or one
+// directly below checkpoint/. The caller closes it before Assemble. It is an
+// error if the file exists.
+func (s *Staging) Create(name string) (*os.File, error) {
+	dir, base := s.dir, name
+	if image, ok := strings.CutPrefix(name, ImagesDir+"/"); ok {
+		dir, base = s.images, image
+	}
+	if base == "" || base == ImagesDir || base[0] == '.' || strings.ContainsAny(base, "/\x00") {
+		return nil, fmt.Errorf("create member %q: not a plain name", name)
+	}
+	f, err := openAt(dir, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
+	if err != nil {
+		return nil, fmt.Errorf("create member %s: %w", name, s.Explain(err))
+	}
+	if err := makePrivate(f, 0o600); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("create member %s: %w", name, s.Explain(err))
+	}
+	return f, nil
+}
+
+// WriteFile creates the member name with the content data.
+func (s *Staging) WriteFile(name string, data []byte) error {
+	f, err := s.Create(name)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("write member %s: %w", name, s.Explain(err))
+	}
+	return nil
+}
+
+// WriteJSON creates the member name with v as JSON.
+func (s *Staging) WriteJSON(name string, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("write member %s: %w", name, err)
+	}
+	return s.WriteFile(name, data)
+}
+
+// Explain adds to an error of the disk (full, quota, file size limit, input and
+// output) which file system it was and what helps. It returns other errors as they
+// are. It is for whoever writes into the staging directory, too.
+func (s *Staging) Explain(err error) error {
+	return explain(s.location.dir, err)
+}
+
+func explain(dir *os.File, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		var st unix.Statfs_t
+		room := "its free space is unknown"
+		if unix.Fstatfs(int(dir.Fd()), &st) == nil {
+			const mib = 1 << 20
+			room = fmt.Sprintf("%d of %d MiB and %d inodes free", st.Bavail*uint64(st.Bsize)/mib, st.Blocks*uint64(st.Bsize)/mib, st.Ffree)
+		}
+		return fmt.Errorf("%w (file system of %s: %s): make room there, raise the quota, or choose a location on another file system", err, dir.Name(), room)
+	case errors.Is(err, unix.EFBIG):
+		return fmt.Errorf("%w: larger than the file system of %s or this process's file size limit allows: raise LimitFSIZE=, or choose a location on another file system", err, dir.Name())
+	case errors.Is(err, unix.EIO):
+		return fmt.Errorf("%w: check the disk below %s (dmesg), or choose a location on another file system", err, dir.Name())
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: remount the file system of %s writable, or choose a location on another one", err, dir.Name())
+	}
+	return err
+}
+
+// Remove deletes the staging directory and all that is in it, and nothing else:
+// an archive that was published stays. Before that, the location's directory
+// is then as it was before Stage. It may be called again: after a success it does nothing,
+// after a failure it goes on where it stopped.
+func (s *Staging) Remove() error {
+	if s.removed {
+		return nil
+	}
+	for _, f := range []*os.File{s.archive, s.images, s.dir} {
+		if f != nil {
+			f.Close() // twice is harmless
+		}
+	}
+	if err := removeTree(s.location.dir, s.name); err != nil {
+		return fmt.Errorf("remove staging directory: %w", err)
+	}
+	s.removed = true
+	return nil
+}
+
+// removeTree deletes what parent has under name, link or not, with everything below
+// it. It need not fear deep trees: only root writes here.
+func removeTree(parent *os.File, name string) error {
+	path := filepath.Join(parent.Name(), name)
+	switch err := unix.Unlinkat(int(parent.Fd()), name, 0); err {
+	case nil, unix.ENOENT:
+		return nil
+	case unix.EISDIR:
+	default:
+		return &os.PathError{Op: "unlink", Path: path, Err: err}
+	}
+	dir, err := openAt(parent, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := removeTree(dir, name); err != nil {
+			return err
+		}
+	}
+	if err := unix.Unlinkat(int(parent.Fd()), name, unix.AT_REMOVEDIR); err != nil && err != unix.ENOENT {
+		return &os.PathError{Op: "rmdir", Path: path, Err: err}
+	}
+	return nil
+}
