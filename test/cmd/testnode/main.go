@@ -1,0 +1,159 @@
+// Command testnode runs commands in a test node, see package node.
+//
+//	testnode build                        build all that is kept in the cache
+//	testnode run [--cgroup-v2] [--] COMMAND [ARGUMENT…]
+//	                                      run a command in a new node with containerd, in the current directory
+//	testnode shell [--cgroup-v2]          the same, with a shell
+//	testnode sweep                        remove what killed nodes left
+//
+// It is made for "go test -exec 'testnode run --'": the source tree and the directory of the command are visible in the
+// node at the same paths. The exit code is the command's.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"crishim/test/node"
+)
+
+const usage = "usage: testnode build | run [--cgroup-v2] [--] COMMAND [ARGUMENT…] | shell [--cgroup-v2] | sweep"
+
+func main() {
+	code, err := run(os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "testnode:", err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(args []string) (code int, err error) {
+	if len(args) == 0 {
+		return 0, errors.New(usage)
+	}
+	// The first signal cancels ctx, which ends the command and then the node.
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer cancel()
+	command, args := args[0], args[1:]
+	var options node.Options
+	for len(args) > 0 && strings.HasPrefix(args[0], "--") {
+		option := args[0]
+		args = args[1:]
+		if option == "--" {
+			break
+		}
+		if option != "--cgroup-v2" {
+			return 0, fmt.Errorf("unknown option %s; %s", option, usage)
+		}
+		options.CgroupV2 = true
+	}
+	switch {
+	case command == "build" && len(args) == 0:
+		return 0, node.Build(ctx)
+	case command == "sweep" && len(args) == 0:
+		return 0, node.Sweep(ctx)
+	case command == "shell" && len(args) == 0:
+		return inNode(ctx, options, []string{"/bin/bash"})
+	case command == "run" && len(args) > 0:
+		return inNode(ctx, options, args)
+	}
+	return 0, errors.New(usage)
+}
+
+// inNode runs a command in a node of its own.
+func inNode(ctx context.Context, options node.Options, args []string) (code int, err error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return 0, err
+	}
+	if options.Binds, err = binds(dir, args[0]); err != nil {
+		return 0, err
+	}
+	n, err := node.Start(ctx, options)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, n.Stop()) }()
+	if _, err := n.StartContainerd(ctx); err != nil {
+		return 0, err
+	}
+
+	cmd := n.Command(ctx, "sh", append([]string{"-c", `cd "$0" && exec "$@"`, dir}, args...)...)
+	cmd.Env = append(os.Environ(), cmd.Env...)
+	cmd.Env = append(cmd.Env, node.Inside+"=1", "TMPDIR=/tmp", "TERM="+os.Getenv("TERM"))
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// go test sends SIGQUIT to see where a test hangs.
+	quit := make(chan os.Signal, 1)
+	signal.Notify(quit, syscall.SIGQUIT)
+	defer signal.Stop(quit)
+	started := time.Now()
+	err = cmd.Start()
+	if err != nil {
+		return 0, err
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	for {
+		select {
+		case <-quit:
+			node.Signal(cmd, syscall.SIGQUIT)
+		case err := <-done:
+			var exit *exec.ExitError
+			if ctx.Err() != nil {
+				return 0, fmt.Errorf("interrupted after %s", time.Since(started).Round(time.Second))
+			}
+			if errors.As(err, &exit) && exit.Exited() {
+				return exit.ExitCode(), nil
+			}
+			return 0, err
+		}
+	}
+}
+
+// binds makes the module around dir and the directory of a command's file visible in the node.
+func binds(dir, command string) ([]node.Bind, error) {
+	top := dir
+	for {
+		if _, err := os.Stat(filepath.Join(top, "go.mod")); err == nil {
+			break
+		}
+		if top == "/" {
+			top = dir
+			break
+		}
+		top = filepath.Dir(top)
+	}
+	var binds []node.Bind
+	// The root of the node stays its own.
+	if top != "/" {
+		binds = append(binds, node.Bind{Source: top, Target: top})
+	}
+	if !filepath.IsAbs(command) {
+		return binds, nil
+	}
+	place := filepath.Dir(command)
+	// go test keeps what a test writes in sibling directories.
+	if parent := filepath.Dir(place); strings.HasPrefix(filepath.Base(parent), "go-build") {
+		place = parent
+	}
+	info, err := os.Stat(command)
+	if errors.Is(err, os.ErrNotExist) || err == nil && info.IsDir() || place == "/" || strings.HasPrefix(place+"/", top+"/") {
+		return binds, nil
+	}
+	// The programs of the host stay there.
+	for _, own := range []string{"/bin", "/sbin", "/usr", "/lib"} {
+		if strings.HasPrefix(place+"/", own+"/") {
+			return binds, nil
+		}
+	}
+	return append(binds, node.Bind{Source: place, Target: place}), nil
+}

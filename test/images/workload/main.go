@@ -1,0 +1,106 @@
+// Command workload is what the containers of the tests run: programs whose state can be seen from outside, so that a
+// checkpoint can be compared with it.
+//
+//	workload count         increments a number in memory every 100 ms
+//	workload memory SIZE   does the same beside SIZE MiB of incompressible memory, and keeps verifying them
+//
+// The number is written to standard output, as lines "count N", and then into the file /var/count: memory, log and
+// writable layer of one moment agree within one step.
+package main
+
+import (
+	"fmt"
+	"hash/crc64"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+const (
+	step      = 100 * time.Millisecond
+	countFile = "/var/count"
+	block     = 1 << 20
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "workload:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	switch {
+	case len(args) == 1 && args[0] == "count":
+		return count(func() error { return nil })
+	case len(args) == 2 && args[0] == "memory":
+		size, err := strconv.Atoi(args[1])
+		if err != nil || size < 1 {
+			return fmt.Errorf("size %q is not a positive number of MiB", args[1])
+		}
+		verify, err := fill(size)
+		if err != nil {
+			return err
+		}
+		return count(verify)
+	}
+	return fmt.Errorf("usage: workload count | memory SIZE")
+}
+
+// count runs until SIGTERM, and calls check once a step.
+func count(check func() error) error {
+	file, err := os.OpenFile(countFile, os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	end := make(chan os.Signal, 1)
+	signal.Notify(end, syscall.SIGTERM)
+	ticks := time.Tick(step)
+	for n := 1; ; n++ {
+		select {
+		case <-end:
+			return nil
+		case <-ticks:
+		}
+		fmt.Println("count", n)
+		// The number never gets shorter: one write replaces it as a whole.
+		if _, err := file.WriteAt([]byte(strconv.Itoa(n)+"\n"), 0); err != nil {
+			return err
+		}
+		if err := check(); err != nil {
+			return err
+		}
+	}
+}
+
+// fill takes size MiB and returns a function that verifies a few blocks of them at each call.
+func fill(size int) (verify func() error, err error) {
+	// Outside of Go's heap: what is here stays where it is and is never copied.
+	memory, err := syscall.Mmap(-1, 0, size*block, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_ANON|syscall.MAP_PRIVATE)
+	if err != nil {
+		return nil, fmt.Errorf("map %d MiB: %w", size, err)
+	}
+	table := crc64.MakeTable(crc64.ECMA)
+	sums := make([]uint64, size)
+	random := rand.NewChaCha8([32]byte{})
+	for i := range sums {
+		part := memory[i*block : (i+1)*block]
+		random.Read(part)
+		sums[i] = crc64.Checksum(part, table)
+	}
+	fmt.Printf("filled %d MiB\n", size)
+	next := 0
+	return func() error {
+		for range min(4, size) {
+			if crc64.Checksum(memory[next*block:(next+1)*block], table) != sums[next] {
+				return fmt.Errorf("block %d of memory has changed", next)
+			}
+			next = (next + 1) % size
+		}
+		return nil
+	}, nil
+}

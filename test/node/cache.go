@@ -1,0 +1,154 @@
+package node
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed" // for the recipe of the root
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+//go:embed root.sh
+var rootRecipe string
+
+// cache is the directory of everything that is built once: $CRISHIM_TEST_CACHE, or crishim-test in the user's cache
+// directory. Its entries are immutable and named for what they were built from.
+type cache string
+
+func openCache() (cache, error) {
+	dir := os.Getenv("CRISHIM_TEST_CACHE")
+	if dir == "" {
+		user, err := os.UserCacheDir()
+		if err != nil {
+			return "", fmt.Errorf("find cache: %w; set CRISHIM_TEST_CACHE", err)
+		}
+		dir = filepath.Join(user, "crishim-test")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", fmt.Errorf("find cache: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "nodes"), 0o755); err != nil {
+		return "", fmt.Errorf("make cache: %w", err)
+	}
+	return cache(dir), nil
+}
+
+// Build builds everything that the cache lacks, which Start and its like do as they need it.
+func Build(ctx context.Context) error {
+	c, err := openCache()
+	if err != nil {
+		return err
+	}
+	_, err = c.images(ctx)
+	return err
+}
+
+// entry returns the path of an entry, and builds it first where it is missing. build makes its argument, which does not
+// exist yet and is renamed when it is complete. Processes that need the same entry wait for each other.
+func (c cache) entry(ctx context.Context, name, recipe string, build func(temporary string) error) (string, error) {
+	sum := sha256.Sum256([]byte(recipe))
+	path := filepath.Join(string(c), name+"-"+hex.EncodeToString(sum[:6]))
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	lock, err := lockFile(ctx, path+".lock")
+	if err != nil {
+		return "", fmt.Errorf("build %s: %w", name, err)
+	}
+	defer lock.Close()
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	temporary := path + ".tmp"
+	if err := os.RemoveAll(temporary); err != nil {
+		return "", fmt.Errorf("build %s: %w", name, err)
+	}
+	if err := build(temporary); err != nil {
+		return "", errors.Join(fmt.Errorf("build %s: %w", name, err), os.RemoveAll(temporary))
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return "", fmt.Errorf("build %s: %w", name, err)
+	}
+	return path, nil
+}
+
+// root is the file system that all nodes have as their lower layer.
+func (c cache) root(ctx context.Context) (string, error) {
+	return c.entry(ctx, "root", rootRecipe, func(temporary string) error {
+		cmd := exec.CommandContext(ctx, "unshare", "-m", "-p", "-f", "--mount-proc", "--propagation", "private", "--kill-child",
+			"sh", "-c", rootRecipe, "root.sh", temporary)
+		return output(cmd)
+	})
+}
+
+// program is a static executable of Go sources that need nothing but the standard library.
+func (c cache) program(ctx context.Context, name string, sources map[string][]byte) (string, error) {
+	var recipe strings.Builder
+	recipe.WriteString(runtime.Version())
+	for _, file := range slices.Sorted(maps.Keys(sources)) {
+		fmt.Fprintf(&recipe, "\n%s\n%s", file, sources[file])
+	}
+	return c.entry(ctx, name, recipe.String(), func(temporary string) error {
+		dir, err := os.MkdirTemp("", "crishim-test-*")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(dir)
+		sources["go.mod"] = []byte("module " + name + "\n\ngo 1.26\n")
+		defer delete(sources, "go.mod")
+		for file, content := range sources {
+			if err := os.WriteFile(filepath.Join(dir, file), content, 0o644); err != nil {
+				return err
+			}
+		}
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", temporary, ".")
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
+		return output(cmd)
+	})
+}
+
+// output runs a command whose output matters only if it fails.
+func output(cmd *exec.Cmd) error {
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("run %s: %w\n%s", filepath.Base(cmd.Path), err, out)
+	}
+	return nil
+}
+
+// lockFile takes an exclusive lock, which closing the file or the end of the process releases.
+func lockFile(ctx context.Context, path string) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open lock: %w", err)
+	}
+	for {
+		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return file, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			file.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		select {
+		case <-ctx.Done():
+			file.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
