@@ -1,0 +1,78 @@
+# crishim: make help lists the targets.
+SHELL := /bin/bash -o pipefail
+GO ?= go
+PREFIX ?= /usr/local
+DESTDIR ?=
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unreleased)
+COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
+# Packages whose tests run anywhere; what needs a node skips itself outside of one.
+PACKAGES = ./cmd/... ./criu/... ./proto/... ./shim/...
+
+.PHONY: all
+all: build ## what is worth doing by default
+
+.PHONY: build
+build: bin/crishim ## build bin/crishim
+
+.PHONY: bin/crishim
+bin/crishim:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/crishim
+
+.PHONY: bin/testnode
+bin/testnode:
+	$(GO) build -o $@ ./test/cmd/testnode
+
+.PHONY: unit
+unit: ## the quick tests: no root, no node
+	timeout 10m $(GO) test -race $(PACKAGES)
+
+.PHONY: test
+test: lint build test-node test-e2e ## all tests; as root, installs what it needs
+
+# The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU.
+.PHONY: test-node
+test-node: bin/testnode
+	bin/testnode build
+	timeout 20m $(GO) test -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
+
+# Whole nodes with a kubelet, driven from the host.
+.PHONY: test-e2e
+test-e2e: bin/testnode
+	bin/testnode build
+	timeout 25m $(GO) test -race -v -p 1 -timeout 24m ./test/... | test/no-skips.sh
+
+.PHONY: demo
+demo: build ## show the main job on a real node; as root, installs what it needs
+	$(GO) run ./test/cmd/demo
+
+.PHONY: lint
+lint: ## formatting, vet, staticcheck, and what this project bans
+	test/lint.sh
+
+.PHONY: fuzz
+FUZZTIME ?= 30s
+fuzz: ## run each fuzz target for FUZZTIME (30s)
+	test/fuzz.sh $(FUZZTIME)
+
+.PHONY: proto
+proto: ## generate proto/**/*.pb.go again (needs protoc)
+	$(GO) build -o bin/protoc-gen-go google.golang.org/protobuf/cmd/protoc-gen-go
+	protoc --plugin=bin/protoc-gen-go -I proto --go_out=. --go_opt=module=crishim proto/crishim/v1/checkpoint.proto
+
+.PHONY: install
+install: build ## install the binary and the systemd units (DESTDIR, PREFIX)
+	install -D -m 0755 bin/crishim $(DESTDIR)$(PREFIX)/bin/crishim
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's|@BINDIR@|$(PREFIX)/bin|' systemd/crishim.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
+	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
+	install -m 0644 systemd/crishim.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.socket
+	install -D -m 0644 systemd/kubelet-crishim.conf $(DESTDIR)$(PREFIX)/share/crishim/kubelet-crishim.conf
+
+.PHONY: clean
+clean: ## remove what was built here; the cache outside the tree stays
+	rm -rf bin
+
+.PHONY: help
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12

@@ -1,0 +1,64 @@
+package checkpoint
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protodelim"
+
+	crishimv1 "crishim/proto/crishim/v1"
+)
+
+// HelperMain is the whole life of a helper process: one job from descriptor 3, its events back, and the exit code. The process
+// belongs to the job: nothing else runs in it, since criu inherits its signals and is found as its only child.
+func HelperMain() int {
+	// The daemon may be dead, and its end of the socket and of stderr with it. That is no reason to die in mid-dump.
+	signal.Ignore(unix.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	defer stop()
+	unix.CloseOnExec(3)
+	conn, err := unixConn(3)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "crishim %s: %v: this is a part of crishim that only crishim itself can start\n", HelperCommand, err)
+		return 2
+	}
+	defer conn.Close()
+	reader := bufio.NewReader(conn)
+	job := &crishimv1.Job{}
+	if err := (protodelim.UnmarshalOptions{MaxSize: 64 << 20}).UnmarshalFrom(reader, job); err != nil {
+		fmt.Fprintf(os.Stderr, "crishim %s: read job: %v\n", HelperCommand, err)
+		return 2
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	watch := make(chan struct{})
+	go func() {
+		defer close(watch)
+		_, _ = io.Copy(io.Discard, reader) // nothing more is sent: it returns at the end of the stream
+		cancel(errStopped)
+	}()
+
+	send := func(event *crishimv1.Event) {
+		// An error means that the daemon is dead; the watch hears of it too.
+		_, _ = protodelim.MarshalTo(conn, event)
+	}
+	result, err := run(ctx, job, func(p *crishimv1.Progress) {
+		send(&crishimv1.Event{Event: &crishimv1.Event_Progress{Progress: p}})
+	})
+	if err != nil {
+		result = &crishimv1.Result{Failure: failure(err)}
+	}
+	send(&crishimv1.Event{Event: &crishimv1.Event_Result{Result: result}})
+	conn.Close()
+	<-watch
+	if err != nil {
+		return 1
+	}
+	return 0
+}

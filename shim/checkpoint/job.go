@@ -1,0 +1,111 @@
+package checkpoint
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/archive"
+	"crishim/shim/container"
+)
+
+// newJob puts together what the helper needs, among it the members of the archive that are known before the dump.
+func newJob(location, criu string, c *container.Container) (*crishimv1.Job, error) {
+	members, err := metadata(c, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	job := &crishimv1.Job{
+		Location: location,
+		Criu:     criu,
+		Members:  members,
+		Container: &crishimv1.Container{
+			Id:             c.Status.GetId(),
+			Pid:            int32(c.Process.Pid),
+			StartTime:      c.Process.StartTime,
+			Cgroup:         c.Process.Cgroup,
+			Runtime:        c.Runtime,
+			Rootfs:         c.Rootfs,
+			UpperDir:       c.UpperDir,
+			Freezer:        c.Freezer,
+			ExternalMounts: c.ExternalMounts,
+			MaskedFiles:    c.MaskedFiles,
+			Descriptors:    c.Descriptors,
+			Log:            c.Status.GetLogPath(),
+			Shm:            c.Shm,
+		},
+	}
+	for _, ns := range c.SharedNamespaces {
+		job.Container.SharedNamespaces = append(job.Container.SharedNamespaces,
+			&crishimv1.Namespace{Type: ns.Type, Inode: ns.Inode})
+	}
+	return job, nil
+}
+
+// metadata makes the members by which readers and restorers know what they have before them.
+func metadata(c *container.Container, now time.Time) ([]*crishimv1.Member, error) {
+	binds, err := bindMounts(c)
+	if err != nil {
+		return nil, err
+	}
+	members := []*crishimv1.Member{{Name: archive.SpecDump, Content: c.Spec}}
+	for _, m := range []struct {
+		name  string
+		value any
+	}{
+		{archive.ConfigDump, archive.Config{
+			ID:              c.Status.GetId(),
+			Name:            c.Status.GetMetadata().GetName(),
+			RootfsImage:     c.Status.GetImage().GetImage(),
+			RootfsImageRef:  c.Status.GetImageRef(),
+			RootfsImageName: imageName(c.Status.GetImage()),
+			Runtime:         c.Runtime,
+			CreatedTime:     time.Unix(0, c.Status.GetCreatedAt()),
+			CheckpointTime:  now,
+		}},
+		// encoding/json and not protojson: containerd reads it back by the Go names of the CRI's fields.
+		{archive.StatusDump, c.Status},
+		{archive.BindMounts, binds},
+	} {
+		content, err := json.Marshal(m.value)
+		if err != nil {
+			return nil, fmt.Errorf("write %s: %w", m.name, err)
+		}
+		members = append(members, &crishimv1.Member{Name: m.name, Content: content})
+	}
+	return members, nil
+}
+
+// imageName is the image as its user called it, where the runtime still knows.
+func imageName(image *runtimeapi.ImageSpec) string {
+	if name := image.GetUserSpecifiedImage(); name != "" {
+		return name
+	}
+	return image.GetImage()
+}
+
+// bindMounts tells a restorer what kind of mount point each of them needs.
+func bindMounts(c *container.Container) ([]archive.BindMount, error) {
+	binds := []archive.BindMount{}
+	for _, m := range c.BindMounts {
+		info, err := os.Stat(m.Source)
+		if os.IsNotExist(err) {
+			continue // a file that was unlinked while it was mounted
+		}
+		if err != nil {
+			return nil, fmt.Errorf("look at bind mount: %w", err)
+		}
+		kind := "file"
+		if info.IsDir() {
+			kind = "directory"
+		}
+		binds = append(binds, archive.BindMount{
+			Source: m.Source, Destination: m.Destination, FileType: kind, Permissions: uint32(info.Mode().Perm()),
+		})
+	}
+	return binds, nil
+}

@@ -1,0 +1,112 @@
+package checkpoint
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protodelim"
+
+	crishimv1 "crishim/proto/crishim/v1"
+)
+
+// HelperCommand is the argument by which the binary, started again, becomes a helper.
+const HelperCommand = "checkpoint-helper"
+
+// runHelper runs one job in a helper process and returns when that has exited. The error is a failureError where the helper
+// has answered, and wraps ctx's cause where ctx's end is what stopped it.
+func runHelper(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress)) (*crishimv1.Result, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	conn, theirs, err := socketpair()
+	if err != nil {
+		return nil, fmt.Errorf("start checkpoint helper: %w", err)
+	}
+	defer conn.Close()
+	// The binary that runs now, even when another has been installed at its path since.
+	cmd := exec.Command("/proc/self/exe", HelperCommand)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.Dir = "/"
+	cmd.Stderr = os.Stderr
+	cmd.ExtraFiles = []*os.File{theirs} // descriptor 3
+	// A signal to our process group, as from a terminal, is not for the helper: it hears of our end from the socket.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	theirs.Close()
+	if err != nil {
+		return nil, fmt.Errorf("start checkpoint helper: %w", err)
+	}
+	if _, err := protodelim.MarshalTo(conn, job); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("send job to checkpoint helper: %w", errors.Join(err, cmd.Wait()))
+	}
+	// The end of the stream stops the helper; it still answers.
+	stop := context.AfterFunc(ctx, func() { _ = conn.CloseWrite() })
+	result, err := readResult(conn, progress)
+	stop()
+	if waitErr := cmd.Wait(); err != nil {
+		return nil, fmt.Errorf("the checkpoint helper ended without an answer (%w); whether the container runs is not known: look at it", errors.Join(err, waitErr))
+	}
+	f := result.GetFailure()
+	switch {
+	case f == nil:
+		return result, nil
+	case f.GetReason() == crishimv1.Reason_REASON_CANCELLED && ctx.Err() != nil:
+		return nil, fmt.Errorf("%s: %w; the container runs on", f.GetMessage(), context.Cause(ctx))
+	}
+	return nil, failureError{f}
+}
+
+func readResult(conn io.Reader, progress func(*crishimv1.Progress)) (*crishimv1.Result, error) {
+	reader := bufio.NewReader(conn)
+	for {
+		event := &crishimv1.Event{}
+		if err := protodelim.UnmarshalFrom(reader, event); err != nil {
+			return nil, err
+		}
+		if result := event.GetResult(); result != nil {
+			return result, nil
+		}
+		progress(event.GetProgress())
+	}
+}
+
+// socketpair returns a connected pair: one end for this process, one to be handed to a child.
+func socketpair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make socket pair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "helper's socket")
+	conn, err := unixConn(fds[0])
+	if err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	return conn, theirs, nil
+}
+
+// unixConn takes over a descriptor of a unix socket.
+func unixConn(fd int) (*net.UnixConn, error) {
+	file := os.NewFile(uintptr(fd), "socket")
+	defer file.Close() // FileConn has made a copy
+	conn, err := net.FileConn(file)
+	if err != nil {
+		return nil, fmt.Errorf("use socket: %w", err)
+	}
+	unixConn, ok := conn.(*net.UnixConn)
+	if !ok {
+		conn.Close()
+		return nil, errors.New("use socket: not a unix socket")
+	}
+	return unixConn, nil
+}

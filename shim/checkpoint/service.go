@@ -1,0 +1,200 @@
+// Package checkpoint answers CheckpointContainer.
+//
+// The daemon's part (service.go, job.go, process.go) checks the request, describes the container and starts a helper process.
+// The helper (helper.go, steps.go) does the rest: stage, dump, capture, assemble, publish, and the undoing of each. They speak
+// the protocol of proto/crishim/v1. When the daemon stops the checkpoint, or dies, the helper sees the end of their stream,
+// rolls back and exits: the container runs again, and nothing is left behind.
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/criu"
+	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/archive"
+	"crishim/shim/container"
+)
+
+// Config is what a Service needs.
+type Config struct {
+	Runtime runtimeapi.RuntimeServiceClient
+	Criu    string // name of the binary, looked for in PATH, or its path
+	Log     logrus.FieldLogger
+}
+
+// parallel is how many checkpoints run on a node at once; others wait within their deadline. Each writes a container's whole
+// memory to one disk, so more of them would only freeze more containers for longer.
+const parallel = 2
+
+// Service is the server of the one RPC that crishim answers itself. It is safe for concurrent use.
+type Service struct {
+	runtimeapi.UnimplementedRuntimeServiceServer
+	config Config
+	slots  chan struct{}
+
+	closing context.Context // its end rolls back what is in flight
+	close   context.CancelCauseFunc
+
+	mu       sync.Mutex
+	draining bool
+	inFlight map[string]bool // by full container id
+	running  sync.WaitGroup
+	features *criu.Features // of the last probe that succeeded
+}
+
+// New returns a service that is ready for requests.
+func New(config Config) *Service {
+	closing, cancel := context.WithCancelCause(context.Background())
+	return &Service{
+		config: config, slots: make(chan struct{}, parallel), inFlight: make(map[string]bool),
+		closing: closing, close: cancel,
+	}
+}
+
+var errDraining = errors.New("crishim is shutting down")
+
+// Drain refuses further checkpoints and waits for those in flight. When ctx ends first they are rolled back; Drain returns when
+// the last of their helpers has exited, in any case.
+func (s *Service) Drain(ctx context.Context) {
+	s.mu.Lock()
+	s.draining = true
+	s.mu.Unlock()
+	stop := context.AfterFunc(ctx, func() { s.close(errDraining) })
+	defer stop()
+	s.running.Wait()
+}
+
+// Probe looks for CRIU. What it found is kept; while it finds none, each checkpoint looks again.
+func (s *Service) Probe(ctx context.Context) (criu.Features, error) {
+	s.mu.Lock()
+	known := s.features
+	s.mu.Unlock()
+	if known != nil {
+		return *known, nil
+	}
+	found, err := criu.Probe(ctx, s.config.Criu)
+	if err != nil {
+		return criu.Features{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.features = &found
+	return found, nil
+}
+
+// CheckpointContainer dumps a running container into an archive at the request's location. It answers when the archive is
+// durable, or when the container runs again and nothing of the attempt is left.
+func (s *Service) CheckpointContainer(ctx context.Context, request *runtimeapi.CheckpointContainerRequest) (*runtimeapi.CheckpointContainerResponse, error) {
+	start := time.Now()
+	log := s.config.Log.WithFields(logrus.Fields{"container": request.GetContainerId(), "location": request.GetLocation()})
+	result, err := s.checkpoint(ctx, request, log)
+	log = log.WithField("seconds", time.Since(start).Seconds())
+	if err != nil {
+		err = toStatus(err)
+		log.WithField("code", status.Code(err).String()).Errorf("checkpoint failed: %s", status.Convert(err).Message())
+		return nil, err
+	}
+	log.WithFields(logrus.Fields{
+		"bytes":            result.GetSize(),
+		"frozen_seconds":   float64(result.GetFrozenUs()) / 1e6,
+		"freezing_seconds": float64(result.GetFreezingUs()) / 1e6,
+		"memory_seconds":   float64(result.GetMemoryDumpUs()) / 1e6,
+		"pages_written":    result.GetPagesWritten(),
+	}).Info("checkpoint written")
+	return &runtimeapi.CheckpointContainerResponse{}, nil
+}
+
+func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.CheckpointContainerRequest, log logrus.FieldLogger) (*crishimv1.Result, error) {
+	if err := s.enter(); err != nil {
+		return nil, err
+	}
+	defer s.running.Done()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(s.closing, func() { cancel(errDraining) })()
+	if seconds := request.GetTimeout(); seconds > 0 {
+		var cancelTimeout context.CancelFunc
+		ctx, cancelTimeout = context.WithTimeout(ctx, time.Duration(seconds)*time.Second)
+		defer cancelTimeout()
+	}
+
+	if err := validate(request); err != nil {
+		return nil, err
+	}
+	features, err := s.Probe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c, err := container.Describe(ctx, s.config.Runtime, request.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	leave, err := s.claim(c.Status.GetId())
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for one of %d checkpoints at once on this node to end: %w", parallel, context.Cause(ctx))
+	}
+	job, err := newJob(request.GetLocation(), features.Path, c)
+	if err != nil {
+		return nil, err
+	}
+	return runHelper(ctx, job, func(p *crishimv1.Progress) {
+		log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")
+	})
+}
+
+// enter counts a request in, so that Drain waits for it.
+func (s *Service) enter() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining {
+		return errDraining
+	}
+	s.running.Add(1)
+	return nil
+}
+
+// claim makes sure that a container is dumped once at a time.
+func (s *Service) claim(id string) (leave func(), err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inFlight[id] {
+		return nil, fmt.Errorf("%w: container %s", errInFlight, id)
+	}
+	s.inFlight[id] = true
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.inFlight, id)
+	}, nil
+}
+
+// validate refuses what cannot succeed before anything is asked of the runtime. The helper checks the location again.
+func validate(request *runtimeapi.CheckpointContainerRequest) error {
+	if request.GetContainerId() == "" {
+		return fmt.Errorf("%w: container_id is empty", errInvalid)
+	}
+	if request.GetTimeout() < 0 {
+		return fmt.Errorf("%w: timeout is %d s; it must be 0, for none, or more", errInvalid, request.GetTimeout())
+	}
+	location, err := archive.OpenLocation(request.GetLocation())
+	if err != nil {
+		return err
+	}
+	return location.Close()
+}

@@ -1,0 +1,239 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"crishim/criu"
+	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/archive"
+	"crishim/shim/container"
+	"crishim/shim/rootfs"
+)
+
+// run does a job, step by step, in the helper process. Each step is undone by what stands beside it: the staging directory
+// is removed with all that was put into it, and criu rolls back a dump by itself.
+func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress)) (*crishimv1.Result, error) {
+	location, err := archive.OpenLocation(job.GetLocation())
+	if err != nil {
+		return nil, err
+	}
+	defer location.Close()
+	process := processOf(job.GetContainer())
+	pidfd, err := process.Pin()
+	if err != nil {
+		return nil, err
+	}
+	defer pidfd.Close()
+
+	staging, err := location.Stage()
+	if err != nil {
+		return nil, err
+	}
+	// After Publish there is nothing left to remove.
+	defer staging.Remove()
+	for _, member := range job.GetMembers() {
+		if err := staging.WriteFile(member.GetName(), member.GetContent()); err != nil {
+			return nil, err
+		}
+	}
+
+	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_DUMP})
+	capture := &capture{container: job.GetContainer(), process: process, staging: staging}
+	defer capture.close()
+	stats, err := criu.Dump{
+		Criu:      job.GetCriu(),
+		Container: criuContainer(job.GetContainer()),
+		Images:    staging.Images(),
+		Work:      staging.Dir(),
+		PostDump: func() error {
+			progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_CAPTURE})
+			return capture.run(ctx)
+		},
+	}.Run(ctx)
+	if err != nil {
+		return nil, err
+	}
+
+	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_ASSEMBLE})
+	if err := capture.copyLog(); err != nil {
+		return nil, err
+	}
+	var size int64
+	err = staging.Assemble(ctx, func(bytes int64) {
+		size = bytes
+		progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_ASSEMBLE, Bytes: bytes})
+	})
+	if err != nil {
+		return nil, err
+	}
+	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_PUBLISH, Bytes: size})
+	if err := staging.Publish(ctx); err != nil {
+		return nil, err
+	}
+	return &crishimv1.Result{
+		Size:         size,
+		FreezingUs:   uint32(stats.Freezing.Microseconds()),
+		FrozenUs:     uint32(stats.Frozen.Microseconds()),
+		MemoryDumpUs: uint32(stats.MemoryDump.Microseconds()),
+		PagesWritten: stats.PagesWritten,
+	}, nil
+}
+
+func processOf(c *crishimv1.Container) container.Process {
+	return container.Process{Pid: int(c.GetPid()), StartTime: c.GetStartTime(), Cgroup: c.GetCgroup()}
+}
+
+func criuContainer(c *crishimv1.Container) criu.Container {
+	var shared []criu.Namespace
+	for _, ns := range c.GetSharedNamespaces() {
+		shared = append(shared, criu.Namespace{Type: ns.GetType(), Inode: ns.GetInode()})
+	}
+	return criu.Container{
+		Pid:              int(c.GetPid()),
+		Runtime:          criu.Runtime(c.GetRuntime()),
+		Rootfs:           c.GetRootfs(),
+		Freezer:          c.GetFreezer(),
+		SharedNamespaces: shared,
+		ExternalMounts:   c.GetExternalMounts(),
+		MaskedFiles:      c.GetMaskedFiles(),
+		Descriptors:      c.GetDescriptors(),
+	}
+}
+
+// capture takes what belongs to the memory but is not in CRIU's images, while the tasks are still stopped.
+type capture struct {
+	container *crishimv1.Container
+	process   container.Process
+	staging   *archive.Staging
+
+	log     *os.File // held since the capture, nil where there is none
+	logSize int64    // at that moment
+}
+
+func (c *capture) run(ctx context.Context) error {
+	// The tasks are stopped: from here on the pid cannot come to mean another process.
+	if err := c.process.Verify(); err != nil {
+		return err
+	}
+	if err := c.rootfs(ctx); err != nil {
+		return fmt.Errorf("capture changes of the root file system: %w", err)
+	}
+	if err := c.shm(ctx); err != nil {
+		return fmt.Errorf("capture /dev/shm: %w", err)
+	}
+	if err := c.holdLog(); err != nil {
+		return fmt.Errorf("capture log: %w", err)
+	}
+	return nil
+}
+
+func (c *capture) rootfs(ctx context.Context) error {
+	deleted := []string{}
+	if path := c.container.GetUpperDir(); path != "" {
+		upper, err := os.OpenFile(path, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			return err
+		}
+		defer upper.Close()
+		err = c.member(archive.RootfsDiff, func(w io.Writer) (err error) {
+			deleted, err = rootfs.Diff(ctx, w, upper)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return c.staging.WriteJSON(archive.DeletedFiles, deleted)
+}
+
+func (c *capture) shm(ctx context.Context) error {
+	if !c.container.GetShm() {
+		return nil
+	}
+	dir, err := openInContainer(c.process.Pid, "dev/shm")
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return c.member(archive.DevShm, func(w io.Writer) error { return rootfs.Tree(ctx, w, dir) })
+}
+
+// holdLog keeps the log as it is now without reading it: it only grows, so its length is enough to copy it later, when the
+// container runs again. What the process has written but the runtime has not yet, is still in their pipe.
+func (c *capture) holdLog() error {
+	path := c.container.GetLog()
+	if path == "" {
+		return nil
+	}
+	log, err := os.OpenFile(path, unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	info, err := log.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
+	if err != nil {
+		return errors.Join(err, log.Close())
+	}
+	c.log, c.logSize = log, info.Size()
+	return nil
+}
+
+func (c *capture) copyLog() error {
+	if c.log == nil {
+		return nil
+	}
+	err := c.member(archive.ContainerLog, func(w io.Writer) error {
+		_, err := io.CopyN(w, c.log, c.logSize)
+		if errors.Is(err, io.EOF) {
+			return nil // somebody has cut it off since; what is left is what there is
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("copy log: %w", err)
+	}
+	return nil
+}
+
+func (c *capture) close() {
+	if c.log != nil {
+		c.log.Close()
+	}
+}
+
+func (c *capture) member(name string, write func(io.Writer) error) error {
+	file, err := c.staging.Create(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(write(file), file.Close())
+}
+
+// openInContainer opens a directory of a container as its processes see it. The container can put a symlink anywhere in the
+// path: none is followed (openat2, Linux 5.6).
+func openInContainer(pid int, path string) (*os.File, error) {
+	root, err := os.OpenFile(fmt.Sprintf("/proc/%d/root", pid), unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	fd, err := unix.Openat2(int(root.Fd()), path, &unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, &os.PathError{Op: "openat2", Path: "/" + path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}

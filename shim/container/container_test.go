@@ -1,0 +1,241 @@
+package container
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+func TestParseStat(t *testing.T) {
+	tests := []struct {
+		name, stat, state string
+		start             uint64
+		fails             bool
+	}{
+		{"plain", "7 (sh) S 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 424242 9 9", "S", 424242, false},
+		{"a name that tries to pass for fields", "7 (a) Z 1 2 3 (b) R 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 31 9", "R", 31, false},
+		{"cut off", "7 (sh) S 1 7", "", 0, true},
+		{"no name", "7", "", 0, true},
+		{"empty", "", "", 0, true},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			state, start, err := parseStat([]byte(test.stat))
+			if (err != nil) != test.fails {
+				t.Fatalf("error is %v", err)
+			}
+			if err == nil && (state != test.state || start != test.start) {
+				t.Errorf("got %s %d, want %s %d", state, start, test.state, test.start)
+			}
+		})
+	}
+}
+
+func FuzzParseStat(f *testing.F) {
+	f.Add([]byte("7 (a) Z (b) R 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 31 9"))
+	f.Add([]byte(")"))
+	f.Fuzz(func(_ *testing.T, stat []byte) { _, _, _ = parseStat(stat) })
+}
+
+func TestProcess(t *testing.T) {
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := false
+	end := func() {
+		if !ended {
+			ended = true
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+	}
+	defer end()
+	p, err := FindProcess(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Verify(); err != nil {
+		t.Errorf("verify the same process: %v", err)
+	}
+	for name, other := range map[string]Process{
+		"start time": {Pid: p.Pid, StartTime: p.StartTime + 1, Cgroup: p.Cgroup},
+		"cgroup":     {Pid: p.Pid, StartTime: p.StartTime, Cgroup: "0::/elsewhere\n"},
+	} {
+		if err := other.Verify(); !errors.Is(err, ErrNotRunning) {
+			t.Errorf("verify with another %s: %v, want ErrNotRunning", name, err)
+		}
+	}
+	pidfd, err := p.Pin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pidfd.Close()
+	end()
+	if err := p.Verify(); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("verify a process that has ended: %v, want ErrNotRunning", err)
+	}
+	if _, err := p.Pin(); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("pin a process that has ended: %v, want ErrNotRunning", err)
+	}
+}
+
+func TestVerifyZombie(t *testing.T) {
+	cmd := exec.Command("true")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Wait() }()
+	// The end of its output means that it is exiting, and nobody has waited for it; it is a zombie any moment.
+	_, _ = out.Read(make([]byte, 1))
+	for {
+		_, err := FindProcess(cmd.Process.Pid)
+		if errors.Is(err, ErrNotRunning) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestCgroupPath(t *testing.T) {
+	const hybrid = "8:freezer:/kubepods/pod1/c1\n4:cpu,cpuacct:/kubepods/a:b\n1:name=systemd:/s\n0::/unified\n"
+	for _, test := range []struct {
+		content, controller, want string
+		ok                        bool
+	}{
+		{hybrid, "freezer", "/kubepods/pod1/c1", true},
+		{hybrid, "cpuacct", "/kubepods/a:b", true},
+		{hybrid, "", "/unified", true},
+		{hybrid, "memory", "", false},
+		{"0::/x\n", "freezer", "", false},
+		{"", "", "", false},
+		{"nonsense\n", "freezer", "", false},
+	} {
+		if got, ok := cgroupPath(test.content, test.controller); got != test.want || ok != test.ok {
+			t.Errorf("cgroupPath(%q, %q) = %q, %t; want %q, %t", test.content, test.controller, got, ok, test.want, test.ok)
+		}
+	}
+}
+
+func TestParseInfo(t *testing.T) {
+	tests := []struct {
+		name, info, want string
+		is               error
+	}{
+		{"containerd", `{"pid":12,"sandboxID":"s","runtimeType":"io.containerd.runc.v2","runtimeOptions":null}`, "", nil},
+		{"an unknown field of another type", `{"pid":12,"config":7}`, "", nil},
+		{"kata", `{"pid":12,"runtimeType":"io.containerd.kata.v2"}`, "io.containerd.kata.v2", ErrUnsupported},
+		{"no pid", `{}`, "no pid", ErrNotRunning},
+		{"negative pid", `{"pid":-1}`, "no pid", ErrNotRunning},
+		{"not JSON", `pid=12`, "parse verbose container status", nil},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := parseInfo(map[string]string{"info": test.info})
+			checkError(t, err, test.want, test.is)
+		})
+	}
+	_, err := parseInfo(nil)
+	checkError(t, err, `no "info"`, ErrUnsupported)
+}
+
+func checkError(t *testing.T, err error, want string, is error) {
+	t.Helper()
+	switch {
+	case want == "" && err != nil:
+		t.Errorf("error is %v, want none", err)
+	case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+		t.Errorf("error is %v, want one with %q", err, want)
+	case is != nil && !errors.Is(err, is):
+		t.Errorf("error %v is not %v", err, is)
+	}
+}
+
+func TestStates(t *testing.T) {
+	got, err := runcState([]byte(`{"id":"c","init_process_pid":12,"cgroup_paths":{"freezer":"/sys/fs/cgroup/freezer/c"},"external_descriptors":["/dev/null","pipe:[1]","pipe:[2]"]}`))
+	want := state{runtime: "runc", pid: 12, cgroup: map[string]string{"freezer": "/sys/fs/cgroup/freezer/c"}, descriptors: []string{"/dev/null", "pipe:[1]", "pipe:[2]"}}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("runcState = %+v, %v; want %+v", got, err, want)
+	}
+	got, err = crunState([]byte(`{"pid":12,"cgroup-path":"/c","external_descriptors":"[\"/dev/null\",\"pipe:[1]\",\"pipe:[2]\"]"}`))
+	want = state{runtime: "crun", pid: 12, cgroup: map[string]string{"freezer": "/sys/fs/cgroup/freezer/c", "": "/sys/fs/cgroup/c"}, descriptors: want.descriptors}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("crunState = %+v, %v; want %+v", got, err, want)
+	}
+	for name, read := range map[string]func([]byte) (state, error){"runc": runcState, "crun": crunState} {
+		for _, content := range []string{"", "{", "[]"} {
+			if _, err := read([]byte(content)); err == nil {
+				t.Errorf("%s state %q: no error", name, content)
+			}
+		}
+	}
+}
+
+func TestUpperDir(t *testing.T) {
+	upper := t.TempDir()
+	tests := []struct {
+		name, fsType, options, dir, want string
+		is                               error
+	}{
+		{"overlay", "overlay", "rw,lowerdir=/l,upperdir=" + upper + ",workdir=/w", upper, "", nil},
+		{"overlay without one", "overlay", "ro,lowerdir=/l:/m", "", "", nil},
+		{"relative", "overlay", "rw,upperdir=u", "", "relative", ErrUnsupported},
+		{"of another mount namespace", "overlay", "rw,upperdir=" + filepath.Join(upper, "gone"), "", "crishim must see", nil},
+		{"btrfs", "btrfs", "rw", "", "use the snapshotter overlayfs", ErrUnsupported},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			dir, err := upperDir(&mountinfo.Info{FSType: test.fsType, VFSOptions: test.options})
+			checkError(t, err, test.want, test.is)
+			if dir != test.dir {
+				t.Errorf("got %q, want %q", dir, test.dir)
+			}
+		})
+	}
+	if _, err := upperDir(nil); err == nil {
+		t.Error("no error without a root")
+	}
+}
+
+func TestResolveStaysInTheRootFileSystem(t *testing.T) {
+	rootfs := t.TempDir()
+	for link, target := range map[string]string{"run-link": "/run", "escape": "../../../../etc", "loop": "loop"} {
+		if err := os.Symlink(target, filepath.Join(rootfs, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for destination, want := range map[string]string{
+		"/plain/dir": "/plain/dir", "/run-link/secrets": "/run/secrets", "/escape/passwd": "/etc/passwd", "/": "/", "/a/../b": "/b",
+	} {
+		if got, err := resolve(rootfs, destination); err != nil || got != want {
+			t.Errorf("resolve(%s) = %s, %v; want %s", destination, got, err, want)
+		}
+	}
+	if _, err := resolve(rootfs, "/loop/x"); err == nil {
+		t.Error("no error for a loop of links")
+	}
+}
+
+func TestNotRunning(t *testing.T) {
+	err := notRunning(&runtimeapi.ContainerStatus{
+		Id: "0123456789abcdef", Metadata: &runtimeapi.ContainerMetadata{Name: "web"},
+		State: runtimeapi.ContainerState_CONTAINER_EXITED, ExitCode: 3,
+	})
+	const want = "container is not running: web (0123456789ab) is exited, with code 3; only a running container can be checkpointed"
+	if !errors.Is(err, ErrNotRunning) || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}

@@ -1,0 +1,151 @@
+// Package shim is the daemon: the socket that the kubelet is pointed at, with the relay and the checkpoint service behind it.
+//
+// It starts whether or not the runtime or CRIU are there, and stops in an order that never leaves the kubelet without a
+// runtime while a checkpoint is being finished.
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/shim/checkpoint"
+	"crishim/shim/relay"
+)
+
+// Config is what the daemon is told at start.
+type Config struct {
+	Listen          string // endpoint for the kubelet: unix:///path or a path; not used where systemd hands a socket over
+	RuntimeEndpoint string // of the runtime, in the same form
+	Criu            string // path of criu, or its name in PATH
+	Log             logrus.FieldLogger
+}
+
+const (
+	// A checkpoint in flight at shutdown has this long to finish before it is rolled back.
+	drainTimeout = 10 * time.Second
+	// Calls in flight have this long to be answered after that.
+	relayTimeout = 5 * time.Second
+)
+
+// Run serves until ctx ends, then shuts down in order and returns nil. Any other error is of the start: a listening address
+// that cannot be had, or an endpoint that makes no sense.
+func Run(ctx context.Context, config Config) error {
+	runtimePath, err := socketPath(config.RuntimeEndpoint)
+	if err != nil {
+		return fmt.Errorf("parse runtime endpoint: %w", err)
+	}
+	listener, err := listen(ctx, config.Listen)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+
+	runtime, err := dialRuntime(runtimePath)
+	if err != nil {
+		return err
+	}
+	defer runtime.Close()
+	checkpoints := checkpoint.New(checkpoint.Config{
+		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Criu: config.Criu, Log: config.Log,
+	})
+	server := grpc.NewServer()
+	defer server.Stop()
+	runtimeapi.RegisterRuntimeServiceServer(server, checkpoints)
+	kubelet := relay.New(relay.Config{
+		Dial: func(ctx context.Context) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", runtimePath)
+		},
+		Handlers: map[string]http.Handler{runtimeapi.RuntimeService_CheckpointContainer_FullMethodName: server},
+		Log:      config.Log,
+	})
+
+	served := make(chan error, 1)
+	go func() { served <- kubelet.Serve(listener) }()
+	probe := make(chan struct{})
+	go func() {
+		defer close(probe)
+		logProbe(ctx, checkpoints, config.Log)
+	}()
+	config.Log.WithFields(logrus.Fields{"listen": listener.Addr().String(), "runtime": runtimePath}).Info("serving")
+	notifySystemd(config.Log, daemon.SdNotifyReady)
+
+	select {
+	case err = <-served: // the listener broke
+	case <-ctx.Done():
+	}
+	notifySystemd(config.Log, daemon.SdNotifyStopping)
+	config.Log.Info("shutting down: finishing checkpoints in flight, relaying goes on")
+	drain, cancelDrain := context.WithTimeout(context.Background(), drainTimeout)
+	defer cancelDrain()
+	checkpoints.Drain(drain)
+	end, cancelEnd := context.WithTimeout(context.Background(), relayTimeout)
+	defer cancelEnd()
+	shutdownErr := kubelet.Shutdown(end)
+	<-probe
+	if ctx.Err() != nil {
+		err = <-served
+	}
+	config.Log.Info("bye")
+	return errors.Join(err, shutdownErr)
+}
+
+// dialRuntime returns a client for what crishim itself asks of the runtime. It connects when it is used, and comes back as
+// fast as the kubelet's own connection does.
+func dialRuntime(path string) (*grpc.ClientConn, error) {
+	const maxMessage = 16 << 20 // as the kubelet's
+	reconnect := backoff.DefaultConfig
+	reconnect.BaseDelay, reconnect.MaxDelay = 100*time.Millisecond, 3*time.Second
+	return grpc.NewClient("unix://"+path,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: reconnect, MinConnectTimeout: 3 * time.Second}))
+}
+
+// logProbe says at start what an operator would otherwise learn at the first checkpoint.
+func logProbe(ctx context.Context, checkpoints *checkpoint.Service, log logrus.FieldLogger) {
+	features, err := checkpoints.Probe(ctx)
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		log.Warnf("no checkpoints until this is mended, everything else works: %v", err)
+	default:
+		log.WithFields(logrus.Fields{"criu": features.Path, "version": features.VersionString()}).Info("found CRIU")
+		for _, missing := range features.Missing {
+			log.Warnf("criu check: %s", missing)
+		}
+	}
+}
+
+func notifySystemd(log logrus.FieldLogger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		log.Warnf("tell systemd %s: %v", state, err)
+	}
+}
+
+// socketPath returns the path in an endpoint, which may be written as the kubelet does, unix:///path, or plainly.
+func socketPath(endpoint string) (string, error) {
+	path, isURL := strings.CutPrefix(endpoint, "unix://")
+	if !isURL && strings.Contains(endpoint, "://") {
+		return "", fmt.Errorf("endpoint %q: only unix sockets are possible: unix:///path", endpoint)
+	}
+	if !strings.HasPrefix(path, "/") {
+		return "", fmt.Errorf("endpoint %q: an absolute path is needed: unix:///path", endpoint)
+	}
+	const max = 107 // bytes in sockaddr_un less the final NUL
+	if len(path) > max {
+		return "", fmt.Errorf("endpoint %q: the path is longer than the %d bytes that a socket's may have", endpoint, max)
+	}
+	return path, nil
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Reads the output of `go test -v`, shows what matters of it, and fails if a test was skipped: with everything installed,
+# a skipped test is a test that silently no longer runs.
+set -euo pipefail
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+tee "$output" | grep -vE '^(=== (RUN|PAUSE|CONT|NAME)|\s*--- PASS)' || true
+if grep -E '^\s*--- SKIP' "$output"; then
+	echo "tests were skipped that must run here" >&2
+	exit 1
+fi
+printf '%s passed, %s failed\n' "$(grep -cE '^--- PASS' "$output")" "$(grep -cE '^--- FAIL' "$output" || true)"
