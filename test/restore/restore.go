@@ -1,0 +1,283 @@
+// Package restore restores an archive by hand, with the OCI runtime that the container ran on: what an operator would do on a
+// machine without a restoring engine, and how tests and demo see that an archive is worth something.
+//
+// What an engine would provide is made here: a root file system from the image with the archive's changes applied, a network
+// namespace, and empty sources for the bind mounts, except /dev/shm, whose content the archive has.
+package restore
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"crishim/shim/archive"
+)
+
+// Machine is where the container is restored: a node, or the machine itself. It must have the image in its containerd.
+type Machine struct {
+	Command func(ctx context.Context, name string, args ...string) *exec.Cmd
+	// Path tells where a path of the machine is found here.
+	Path func(string) string
+}
+
+// Local is the machine that this process runs on.
+func Local() Machine {
+	return Machine{Command: exec.CommandContext, Path: func(path string) string { return path }}
+}
+
+// Container is a restored container. It is not in containerd's books; Remove ends it.
+type Container struct {
+	ID      string
+	Runtime string // "runc" or "crun"
+	machine Machine
+	dir     string // of the machine
+}
+
+// Archive restores an archive, whose container ran from the image, and returns when the container goes on.
+func Archive(ctx context.Context, m Machine, r io.Reader, image string) (_ *Container, err error) {
+	id := "restored-" + strings.ToLower(rand.Text()[:8])
+	c := &Container{ID: id, machine: m, dir: "/var/lib/" + id}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.Remove(context.WithoutCancel(ctx)))
+		}
+	}()
+	if err := unpack(r, m.Path(c.dir)); err != nil {
+		return nil, err
+	}
+	var config archive.Config
+	if err := c.readJSON(archive.ConfigDump, &config); err != nil {
+		return nil, err
+	}
+	c.Runtime = config.Runtime
+	if err := c.makeRootfs(ctx, image); err != nil {
+		return nil, err
+	}
+	if err := c.makeSpec(ctx); err != nil {
+		return nil, err
+	}
+	// The standard streams must be the machine's own, so that the restored process has no file of another mount namespace.
+	script := fmt.Sprintf(`exec %s restore --detach --bundle %s --image-path %s/checkpoint --work-path %s/work %s </dev/null >%s/output 2>%s/stderr`,
+		c.Runtime, c.dir, c.dir, c.dir, c.ID, c.dir, c.dir)
+	if err := c.run(ctx, "sh", "-c", script); err != nil {
+		stderr, _ := os.ReadFile(m.Path(c.dir + "/stderr"))
+		return nil, fmt.Errorf("%s restore: %w: %s%s", c.Runtime, err, stderr, c.restoreErrors())
+	}
+	return c, nil
+}
+
+// Output is what the container has written since it was restored.
+func (c *Container) Output() (string, error) {
+	content, err := os.ReadFile(c.machine.Path(c.dir + "/output"))
+	return string(content), err
+}
+
+// File reads a file of the container's root file system.
+func (c *Container) File(path string) (string, error) {
+	content, err := os.ReadFile(c.machine.Path(c.dir + "/rootfs" + path))
+	return string(content), err
+}
+
+// Remove ends the container and removes what was made for it. It does as much as it can.
+func (c *Container) Remove(ctx context.Context) error {
+	var errs []error
+	if c.Runtime != "" {
+		// Also of a container that was never restored.
+		_ = c.run(ctx, c.Runtime, "delete", "--force", c.ID)
+	}
+	rootfs := c.dir + "/rootfs"
+	if c.run(ctx, "mountpoint", "-q", rootfs) == nil {
+		errs = append(errs, c.run(ctx, "ctr", "-n", "k8s.io", "images", "unmount", "--rm", rootfs))
+	}
+	if c.run(ctx, "mountpoint", "-q", c.netns()) == nil {
+		errs = append(errs, c.run(ctx, "umount", c.netns()))
+	}
+	return errors.Join(append(errs, os.RemoveAll(c.machine.Path(c.dir)))...)
+}
+
+// makeRootfs mounts the image and applies the archive's changes, deletions first.
+func (c *Container) makeRootfs(ctx context.Context, image string) error {
+	rootfs := c.dir + "/rootfs"
+	if err := os.MkdirAll(c.machine.Path(rootfs), 0o700); err != nil {
+		return err
+	}
+	if err := c.run(ctx, "ctr", "-n", "k8s.io", "images", "mount", "--rw", image, rootfs); err != nil {
+		return err
+	}
+	var deleted []string
+	if err := c.readJSON(archive.DeletedFiles, &deleted); err != nil {
+		return err
+	}
+	for _, path := range deleted {
+		name := filepath.Base(path)
+		switch {
+		case name == ".wh..wh..opq": // the directory was replaced
+			path = filepath.Dir(path)
+		case strings.HasPrefix(name, ".wh."):
+			continue
+		}
+		if err := c.run(ctx, "rm", "-rf", "--", filepath.Join(rootfs, path)); err != nil {
+			return err
+		}
+	}
+	if _, err := os.Stat(c.machine.Path(filepath.Join(c.dir, archive.RootfsDiff))); err != nil {
+		return nil // a root file system that could not be written to
+	}
+	return c.run(ctx, "tar", "--extract", "--same-permissions", "--xattrs", "--xattrs-include=*", "--exclude=.wh.*",
+		"--directory", rootfs, "--file", filepath.Join(c.dir, archive.RootfsDiff))
+}
+
+// makeSpec makes the bundle's config.json: the archive's own, with this machine's mounts and namespaces.
+func (c *Container) makeSpec(ctx context.Context) error {
+	var spec specs.Spec
+	if err := c.readJSON(archive.SpecDump, &spec); err != nil {
+		return err
+	}
+	var binds []archive.BindMount
+	if err := c.readJSON(archive.BindMounts, &binds); err != nil {
+		return err
+	}
+	spec.Root.Path = c.dir + "/rootfs"
+	spec.Linux.CgroupsPath = "/" + c.ID
+	for i, bind := range binds {
+		source := fmt.Sprintf("%s/mounts/%d", c.dir, i)
+		for j := range spec.Mounts {
+			if spec.Mounts[j].Destination == bind.Destination {
+				spec.Mounts[j].Source = source
+			}
+		}
+		if err := c.makeSource(ctx, source, bind); err != nil {
+			return err
+		}
+	}
+	for i, ns := range spec.Linux.Namespaces {
+		switch {
+		case ns.Path == "":
+		case ns.Type == specs.NetworkNamespace:
+			// Not by ip netns: that mounts /run/netns anew over the namespaces that CNI has there.
+			if err := os.WriteFile(c.machine.Path(c.netns()), nil, 0o600); err != nil {
+				return err
+			}
+			if err := c.run(ctx, "unshare", "--net="+c.netns(), "ip", "link", "set", "lo", "up"); err != nil {
+				return err
+			}
+			spec.Linux.Namespaces[i].Path = c.netns()
+		case ns.Type == specs.PIDNamespace:
+			return errors.New("restore by hand: a container of a shared process namespace needs a pod to be restored in")
+		default:
+			spec.Linux.Namespaces[i].Path = "" // CRIU makes it again from what was dumped
+		}
+	}
+	content, err := json.Marshal(spec)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(c.machine.Path(c.dir+"/config.json"), content, 0o600)
+}
+
+func (c *Container) netns() string { return c.dir + "/netns" }
+
+func (c *Container) makeSource(ctx context.Context, source string, bind archive.BindMount) error {
+	here := c.machine.Path(source)
+	mode := os.FileMode(bind.Permissions)
+	if bind.FileType != "directory" {
+		if err := os.MkdirAll(filepath.Dir(here), 0o700); err != nil {
+			return err
+		}
+		return os.WriteFile(here, nil, mode)
+	}
+	if err := os.MkdirAll(here, 0o700); err != nil {
+		return err
+	}
+	if err := os.Chmod(here, mode); err != nil {
+		return err
+	}
+	if bind.Destination != "/dev/shm" {
+		return nil
+	}
+	return c.run(ctx, "tar", "--extract", "--same-permissions", "--directory", source, "--file", filepath.Join(c.dir, archive.DevShm))
+}
+
+func (c *Container) run(ctx context.Context, name string, args ...string) error {
+	cmd := c.machine.Command(ctx, name, args...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("run %s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// restoreErrors picks the errors from CRIU's log: runtimes only say that there is one.
+func (c *Container) restoreErrors() string {
+	content, err := os.ReadFile(c.machine.Path(c.dir + "/work/restore.log"))
+	if err != nil {
+		return ""
+	}
+	var b strings.Builder
+	for line := range strings.Lines(string(content)) {
+		if strings.Contains(line, "Error (") {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
+}
+
+func (c *Container) readJSON(name string, v any) error {
+	content, err := os.ReadFile(c.machine.Path(filepath.Join(c.dir, name)))
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(content, v); err != nil {
+		return fmt.Errorf("parse %s: %w", name, err)
+	}
+	return nil
+}
+
+// unpack extracts an archive into a new directory.
+func unpack(r io.Reader, dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if err := root.Mkdir("work", 0o700); err != nil {
+		return err
+	}
+	for archive := tar.NewReader(r); ; {
+		header, err := archive.Next()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read archive: %w", err)
+		}
+		if header.Typeflag == tar.TypeDir {
+			if err := root.Mkdir(strings.TrimSuffix(header.Name, "/"), 0o700); err != nil {
+				return err
+			}
+			continue
+		}
+		file, err := root.OpenFile(header.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(file, archive)
+		if err := errors.Join(err, file.Close()); err != nil {
+			return fmt.Errorf("extract %s: %w", header.Name, err)
+		}
+	}
+}
