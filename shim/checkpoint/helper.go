@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protodelim"
@@ -48,9 +49,9 @@ func HelperMain() int {
 		// An error means that the daemon is dead; the watch hears of it too.
 		_, _ = protodelim.MarshalTo(conn, event)
 	}
-	result, err := run(ctx, job, func(p *crishimv1.Progress) {
+	result, err := run(ctx, job, atMostEvery(100*time.Millisecond, func(p *crishimv1.Progress) {
 		send(&crishimv1.Event{Event: &crishimv1.Event_Progress{Progress: p}})
-	})
+	}))
 	if err != nil {
 		result = &crishimv1.Result{Failure: failure(err)}
 	}
@@ -61,4 +62,17 @@ func HelperMain() int {
 		return 1
 	}
 	return 0
+}
+
+// atMostEvery passes each change of phase on, and within a phase one event an interval.
+func atMostEvery(interval time.Duration, report func(*crishimv1.Progress)) func(*crishimv1.Progress) {
+	var last time.Time
+	var phase crishimv1.Phase
+	return func(p *crishimv1.Progress) {
+		if p.GetPhase() == phase && time.Since(last) < interval {
+			return
+		}
+		last, phase = time.Now(), p.GetPhase()
+		report(p)
+	}
 }
