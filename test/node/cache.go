@@ -51,8 +51,18 @@ func Build(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.images(ctx)
-	return err
+	if _, err := c.images(ctx); err != nil {
+		return err
+	}
+	if _, err := c.program(ctx, "pid1", map[string][]byte{"main.go": pid1Source}); err != nil {
+		return err
+	}
+	for _, name := range tools {
+		if _, err := Tool(ctx, name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // entry returns the path of an entry, and builds it first where it is missing. build makes its argument, which does not

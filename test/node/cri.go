@@ -92,11 +92,15 @@ func (c *Client) RunContainer(ctx context.Context, spec Spec) (*Container, error
 		return nil, err
 	}
 	uid := rand.Text()
+	// As the kubelet has it unless the pod asks for more; the CRI's own default is one process namespace for the pod.
+	namespaces := &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}
 	pod := &cri.PodSandboxConfig{
 		Metadata:     &cri.PodSandboxMetadata{Name: spec.Name, Namespace: "default", Uid: uid},
 		Hostname:     spec.Name,
 		LogDirectory: "/var/log/pods/default_" + spec.Name + "_" + uid,
-		Linux:        &cri.LinuxPodSandboxConfig{CgroupParent: "/pods/" + uid},
+		Linux: &cri.LinuxPodSandboxConfig{CgroupParent: "/pods/" + uid, SecurityContext: &cri.LinuxSandboxSecurityContext{
+			NamespaceOptions: namespaces,
+		}},
 	}
 	if spec.Pod != nil {
 		spec.Pod(pod)
@@ -107,7 +111,9 @@ func (c *Client) RunContainer(ctx context.Context, spec Spec) (*Container, error
 		Command:  spec.Command,
 		Mounts:   spec.Mounts,
 		LogPath:  spec.Name + "/0.log",
-		Linux:    &cri.LinuxContainerConfig{},
+		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
+			NamespaceOptions: namespaces,
+		}},
 	}
 	if spec.Container != nil {
 		spec.Container(config)

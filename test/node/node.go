@@ -171,7 +171,10 @@ func (n *Node) run(ctx context.Context, root, pid1 string) error {
 // Pid is the process id, on the host, of the node's first process.
 func (n *Node) Pid() int { return n.pid }
 
-// Hostname is the node's name.
+// Name is unique among the nodes of the host: the name of the node's cgroups and of its directory.
+func (n *Node) Name() string { return filepath.Base(n.scratch) }
+
+// Hostname is what the node calls itself.
 func (n *Node) Hostname() string { return n.hostname }
 
 // Path returns the path on the host of a file in the node. It stays valid until Stop, also for dialling unix sockets.

@@ -54,8 +54,9 @@ inside() {
 }
 inside apt-get update
 inside apt-get install -y -qq containerd runc crun containernetworking-plugins \
-	iptables nftables iproute2 busybox-static procps strace
-inside apt-get install -y -qq -t "$criu_suite" criu
+	iptables nftables iproute2 busybox-static procps
+# crun loads libcriu2 for its own checkpoints and restores.
+inside apt-get install -y -qq -t "$criu_suite" criu libcriu2
 inside apt-get clean
 inside criu --version
 umount -R "$root/dev" "$root/proc"
