@@ -1,0 +1,105 @@
+package relay
+
+import (
+	"net"
+	"sync"
+)
+
+const (
+	// outLimit is how much may wait for a socket before whoever adds more has
+	// to wait: back pressure goes on to the sender.
+	outLimit = 64 << 10
+	// owedLimit bounds what a peer makes the relay answer (PING, window given
+	// back) without reading the answers: past it the relay stops reading it.
+	owedLimit = 64 << 10
+)
+
+// An outlet is the writing half of one connection. All fields but conn are
+// guarded by the mutex of the link.
+//
+// Appending never blocks, so that a pump which reads from one side can answer
+// that side (PING, SETTINGS) however slow it is. Whoever passes data makes
+// room first, and writes it with flush; that may block, which is the back
+// pressure. What others append is written by the link's flusher goroutine.
+type outlet struct {
+	conn    net.Conn
+	buf     []byte // whole frames, waiting
+	spare   []byte // the buffer being written, or free
+	writing bool
+	owed    int // bytes of answers appended since the last write
+	closed  bool
+	nudged  bool
+	wake    *sync.Cond // flusher
+}
+
+// add appends frames that need not be written at once: the caller flushes.
+func (o *outlet) add(frames []byte) {
+	if !o.closed {
+		o.buf = append(o.buf, frames...)
+	}
+}
+
+// send appends what the relay itself has to say and wakes the flusher.
+func (o *outlet) send(frames []byte) {
+	if !o.closed {
+		o.buf = append(o.buf, frames...)
+		o.owed += len(frames)
+		o.nudge()
+	}
+}
+
+func (o *outlet) nudge() {
+	o.nudged = true
+	o.wake.Signal()
+}
+
+// flush writes what waits, unless another goroutine is doing it already. The
+// caller holds l.mu, which is released while the socket is written.
+func (l *link) flush(o *outlet) {
+	for len(o.buf) > 0 && !o.writing {
+		o.buf, o.spare = o.spare[:0], o.buf
+		o.owed = 0
+		o.writing = true
+		l.mu.Unlock()
+		_, err := o.conn.Write(o.spare)
+		l.mu.Lock()
+		o.writing = false
+		if cap(o.spare) > 2*outLimit {
+			o.spare = nil // it held a long header block
+		}
+		if err != nil {
+			l.writeFailed(o)
+		}
+		if o == &l.client {
+			l.endIfIdle()
+		}
+		l.changed.Broadcast()
+	}
+}
+
+// room waits until o takes more, or the link ends. The caller holds l.mu.
+func (l *link) room(o *outlet) {
+	for len(o.buf) > outLimit && !l.ended && !o.closed {
+		if o.writing {
+			l.changed.Wait()
+		} else {
+			l.flush(o)
+		}
+	}
+}
+
+// flusher writes what the pump of the other direction and others append.
+func (l *link) flusher(o *outlet) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for {
+		for !o.nudged && !l.ended {
+			o.wake.Wait()
+		}
+		o.nudged = false
+		l.flush(o)
+		if l.ended {
+			return
+		}
+	}
+}

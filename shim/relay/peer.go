@@ -1,0 +1,72 @@
+package relay
+
+import (
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+)
+
+// refusalLog is how often refused peers are logged.
+const refusalLog = time.Minute
+
+// RootOnly returns a listener that hands out only connections from processes
+// that ran as root when they connected, by SO_PEERCRED; others are closed and
+// logged, at most once a minute. It is for Unix sockets: a connection without
+// peer credentials is refused too. Accept must not be called concurrently.
+func RootOnly(l net.Listener, log logrus.FieldLogger) net.Listener {
+	return &rootOnly{Listener: l, log: log}
+}
+
+type rootOnly struct {
+	net.Listener
+	log     logrus.FieldLogger
+	logged  time.Time
+	refused int // since the last log entry
+}
+
+func (l *rootOnly) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if err = checkRoot(conn); err == nil {
+			return conn, nil
+		}
+		conn.Close()
+		l.refused++
+		if time.Since(l.logged) >= refusalLog {
+			l.log.WithError(err).WithField("refused", l.refused).
+				Warn("refused a connection: only root may use this socket")
+			l.logged, l.refused = time.Now(), 0
+		}
+	}
+}
+
+func checkRoot(conn net.Conn) error {
+	c, ok := conn.(*net.UnixConn)
+	if !ok {
+		return fmt.Errorf("check peer: %T has no credentials", conn)
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("check peer: %w", err)
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err = raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return fmt.Errorf("check peer: %w", err)
+	}
+	if credErr != nil {
+		return fmt.Errorf("check peer: %w", credErr)
+	}
+	if cred.Uid != 0 {
+		return fmt.Errorf("check peer: process %d runs as uid %d", cred.Pid, cred.Uid)
+	}
+	return nil
+}
