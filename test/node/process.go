@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -79,6 +80,18 @@ func (n *Node) StartDaemon(name string, command string, args ...string) (*Daemon
 	return d, nil
 }
 
+// Daemon returns the daemon that was started last under a name, nil if there was none.
+func (n *Node) Daemon(name string) *Daemon {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, d := range slices.Backward(n.daemons) {
+		if d.name == name {
+			return d
+		}
+	}
+	return nil
+}
+
 // Done is closed when the daemon has ended.
 func (d *Daemon) Done() <-chan struct{} { return d.done }
 
@@ -144,8 +157,14 @@ func (d *Daemon) Kill() {
 func (n *Node) inNamespace(name string, kind int, f func() error) error {
 	result := make(chan error, 1)
 	go func() {
-		// The thread ends with this goroutine: it is never unlocked.
 		runtime.LockOSThread()
+		// The process's first thread cannot end, and /proc/self is what it sees: it waits while another one joins.
+		if unix.Gettid() == os.Getpid() {
+			defer runtime.UnlockOSThread()
+			result <- n.inNamespace(name, kind, f)
+			return
+		}
+		// The thread ends with this goroutine: it is never unlocked.
 		result <- func() error {
 			fd, err := unix.Open(filepath.Join("/proc", strconv.Itoa(n.pid), "ns", name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 			if err != nil {

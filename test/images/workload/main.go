@@ -52,11 +52,6 @@ func run(args []string) error {
 
 // count runs until SIGTERM, and calls check once a step.
 func count(check func() error) error {
-	file, err := os.OpenFile(countFile, os.O_CREATE|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	defer file.Close()
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, syscall.SIGTERM)
 	ticks := time.Tick(step)
@@ -67,14 +62,25 @@ func count(check func() error) error {
 		case <-ticks:
 		}
 		fmt.Println("count", n)
-		// The number never gets shorter: one write replaces it as a whole.
-		if _, err := file.WriteAt([]byte(strconv.Itoa(n)+"\n"), 0); err != nil {
+		if err := save(n); err != nil {
 			return err
 		}
 		if err := check(); err != nil {
 			return err
 		}
 	}
+}
+
+// save writes the number to its file. No moment has another file than the one of n or of n-1: numbers never get shorter,
+// and one write replaces one by the next.
+func save(n int) error {
+	file, err := os.OpenFile(countFile, os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	_, err = file.WriteString(strconv.Itoa(n) + "\n")
+	return err
 }
 
 // fill takes size MiB and returns a function that verifies a few blocks of them at each call.
