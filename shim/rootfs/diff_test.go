@@ -86,16 +86,16 @@ func TestDiff(t *testing.T) {
 			}
 			return
 		}()},
-		{name: "deep", lower: "mkdir d", more: func(t *testing.T, o overlay) {
+		{name: "deep", more: func(t *testing.T, o overlay) {
 			p := o.merged
 			for range 1000 {
 				p += "/d"
-				must(t, os.MkdirAll(p, 0o755))
+				must(t, os.Mkdir(p, 0o755))
 			}
 			must(t, os.WriteFile(p+"/leaf", []byte("leaf"), 0o600))
 		}},
 		{name: "many", lower: "mkdir d; cd d; seq 500 | xargs touch", more: func(t *testing.T, o overlay) {
-			for i := range 20_000 {
+			for i := range 1000 {
 				must(t, os.WriteFile(fmt.Sprintf("%s/d/%d", o.merged, i), []byte{byte(i)}, 0o644))
 			}
 		}},
@@ -114,12 +114,10 @@ func TestDiff(t *testing.T) {
 			if test.more != nil {
 				test.more(t, o)
 			}
-			start := time.Now()
 			deleted := checkOverlay(t, o)
 			if test.deleted != nil && !slices.Equal(deleted, test.deleted) {
 				t.Errorf("deleted %q, want %q", deleted, test.deleted)
 			}
-			t.Logf("%v", time.Since(start))
 		})
 	}
 }
@@ -292,4 +290,3 @@ func TestGNUTar(t *testing.T) {
 	}
 	compare(t, describe(t, out), describe(t, dir))
 }
-

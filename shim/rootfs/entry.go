@@ -3,9 +3,7 @@ package rootfs
 import (
 	"archive/tar"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"strconv"
 	"strings"
 	"time"
@@ -132,16 +130,16 @@ func (k *walk) header(h *tar.Header) error {
 func (k *walk) file(e *entry, h *tar.Header) error {
 	// By way of the descriptor that was examined: had the name been opened a second time, a
 	// device node could have taken it since, and some devices act on being opened.
-	f, err := reopen(unix.AT_FDCWD, procPath(e.fd), 0)
-	if errors.Is(err, unix.EAGAIN) {
+	fd, err := reopen(unix.AT_FDCWD, procPath(e.fd), 0)
+	if err == unix.EAGAIN {
 		return fmt.Errorf("open %s: a process holds a lease on it (fcntl F_SETLEASE) and would have to be waited for: try again without it", quote(e.path))
 	}
 	if err != nil {
 		return fmt.Errorf("open %s: %w", quote(e.path), err)
 	}
-	defer f.Close()
+	defer unix.Close(fd)
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err := unix.Fstat(fd, &st); err != nil {
 		return fmt.Errorf("stat %s: %w", quote(e.path), err)
 	}
 	if st.Dev != e.st.Dev || st.Ino != e.st.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG {
@@ -156,12 +154,13 @@ func (k *walk) file(e *entry, h *tar.Header) error {
 			return context.Cause(k.ctx)
 		}
 		buf := k.buf[:min(left, int64(len(k.buf)))]
-		n, err := f.Read(buf)
-		if err == io.EOF { // the file shrank
+		n, err := read(fd, buf)
+		if err != nil {
+			return fmt.Errorf("read %s: %w", quote(e.path), err)
+		}
+		if n == 0 { // the file shrank
 			clear(buf)
 			n = len(buf)
-		} else if err != nil {
-			return fmt.Errorf("read %s: %w", quote(e.path), err)
 		}
 		if _, err := k.tar.Write(buf[:n]); err != nil {
 			return fmt.Errorf("write content of %s: %w", quote(e.path), err)

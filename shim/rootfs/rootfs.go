@@ -45,7 +45,7 @@ import (
 // The largest directories are sorted in pieces of 100,000 names. Memory grows
 // with the number of directories and hard links, not with the number or size of files.
 func Diff(ctx context.Context, w io.Writer, upper *os.File) (deleted []string, err error) {
-	k := &walk{ctx: ctx, root: upper, overlay: true}
+	k := &walk{ctx: ctx, root: upper, overlay: true, batch: maxSorted}
 	if err := k.writeTo(w); err != nil {
 		return nil, fmt.Errorf("write layer diff: %w", err)
 	}
@@ -61,18 +61,22 @@ func Diff(ctx context.Context, w io.Writer, upper *os.File) (deleted []string, e
 // such names, devices and attributes are kept as they are. Left out is what is mounted below dir,
 // which has a life of its own.
 func Tree(ctx context.Context, w io.Writer, dir *os.File) error {
-	k := &walk{ctx: ctx, root: dir}
+	k := &walk{ctx: ctx, root: dir, batch: maxSorted}
 	if err := k.writeTo(w); err != nil {
 		return fmt.Errorf("write directory tree: %w", err)
 	}
 	return nil
 }
 
+// maxSorted is how many names of a directory are held and sorted at a time.
+const maxSorted = 100_000
+
 // walk is one run of Diff or Tree.
 type walk struct {
 	ctx     context.Context
 	root    *os.File
 	overlay bool // root is the upper directory of an overlay mount
+	batch   int  // how many names of a directory are taken at a time
 	tar     *tar.Writer
 	links   map[inode]string // first path of each file that has several
 	deleted []string

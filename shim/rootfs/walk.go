@@ -12,9 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// batch is how many names of a directory are held and sorted at a time.
-const batch = 100_000
-
 // directory is one that waits for its turn. It knows its parent instead of its
 // path, because the paths of a deep tree add up to the square of its depth.
 type directory struct {
@@ -74,19 +71,20 @@ func (k *walk) directory(d *directory) ([]*directory, error) {
 		return nil, err
 	}
 
-	dir, err := reopen(fd, ".", unix.O_DIRECTORY)
+	readable, err := reopen(fd, ".", unix.O_DIRECTORY)
 	if err != nil {
 		return nil, fmt.Errorf("open directory %s: %w", quote(path), err)
 	}
+	dir := os.NewFile(uintptr(readable), quote(path))
 	defer dir.Close()
 	var children []*directory
 	for {
-		names, err := dir.Readdirnames(batch)
+		names, err := dir.Readdirnames(k.batch)
 		if err == io.EOF {
 			return children, nil
 		}
 		if err != nil && !vanished(err) { // a directory deleted while open reads as ENOENT
-			return nil, fmt.Errorf("read directory %s: %w", quote(path), err)
+			return nil, fmt.Errorf("read directory: %w", err)
 		}
 		if len(names) == 0 {
 			return children, nil
@@ -188,18 +186,25 @@ func openat2(dirfd int, path string, flags int) (int, error) {
 	}
 }
 
-// reopen opens for reading what an O_PATH descriptor refers to (path is "." below fd, or
-// procPath's). Without a wait: neither for a FIFO's writer nor for a lease.
-func reopen(fd int, path string, flags int) (*os.File, error) {
+// reopen opens for reading what an O_PATH descriptor refers to: path is "." below
+// dirfd, or from procPath. It never waits, neither for a FIFO's writer nor for a lease.
+func reopen(dirfd int, path string, flags int) (int, error) {
 	flags |= unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC
-	f, err := unix.Openat(fd, path, flags|unix.O_NOATIME, 0)
+	fd, err := unix.Openat(dirfd, path, flags|unix.O_NOATIME, 0)
 	if err == unix.EPERM { // O_NOATIME is for the owner and for CAP_FOWNER
-		f, err = unix.Openat(fd, path, flags, 0)
+		fd, err = unix.Openat(dirfd, path, flags, 0)
 	}
-	if err != nil {
-		return nil, err
+	return fd, err
+}
+
+// read is read(2), again if a signal comes between.
+func read(fd int, buf []byte) (int, error) {
+	for {
+		n, err := unix.Read(fd, buf)
+		if err != unix.EINTR {
+			return n, err
+		}
 	}
-	return os.NewFile(uintptr(f), path), nil
 }
 
 // vanished tells whether err means that a path which was there has been deleted, or that a
