@@ -295,11 +295,7 @@ func (l *link) clientWindow(f frame, st *stream) error {
 		return &connError{http2.ErrCodeFlowControl, "window over 2^31-1"}
 	}
 	if f.id == 0 {
-		if len(l.account.held) > 0 {
-			l.client.buf = l.account.release(l.client.buf)
-			l.client.nudge()
-			l.endIfIdle()
-		}
+		l.release()
 		l.settle()
 	}
 	l.changed.Broadcast()

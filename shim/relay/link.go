@@ -331,6 +331,17 @@ func (l *link) forget(id uint32) {
 func (l *link) deliver(id uint32, raw []byte) {
 	if l.account.pass(id, raw) {
 		l.client.add(raw)
+	} else {
+		l.release()
+	}
+}
+
+// release passes what the client's connection window lets through of what is held.
+func (l *link) release() {
+	if !l.client.closed && len(l.account.held) > 0 {
+		l.client.buf = l.account.release(l.client.buf)
+		l.client.nudge()
+		l.endIfIdle()
 	}
 }
 

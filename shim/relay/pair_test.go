@@ -69,6 +69,11 @@ func newFreshPair(t testing.TB, cfg Config, settings ...http2.Setting) *pair {
 
 // connect opens the client's connection and sends its preface.
 func (p *pair) connect(settings ...http2.Setting) {
+	p.connectRaw(http2.ClientPreface)
+	p.client.WriteSettings(settings...)
+}
+
+func (p *pair) connectRaw(first string) {
 	conn, err := net.Dial("unix", p.relay.socket)
 	if err != nil {
 		p.t.Fatal(err)
@@ -77,8 +82,7 @@ func (p *pair) connect(settings ...http2.Setting) {
 	conn.SetDeadline(time.Now().Add(20 * time.Second))
 	p.clientConn, p.client = conn, http2.NewFramer(conn, conn)
 	p.client.AllowIllegalReads, p.client.AllowIllegalWrites = true, true
-	io.WriteString(conn, http2.ClientPreface)
-	p.client.WriteSettings(settings...)
+	io.WriteString(conn, first)
 }
 
 // block is a HEADERS frame of name, value, name, value …

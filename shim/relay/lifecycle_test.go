@@ -1,0 +1,506 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const endless = cri.RuntimeService_GetContainerEvents_FullMethodName
+
+// TestRuntimeRestarts: the kubelet's connection comes back each time, and
+// nothing is left behind.
+func TestRuntimeRestarts(t *testing.T) {
+	fake := newFakeRuntime(t, echo)
+	relay := newTestRelay(t, Config{Dial: fake.dial})
+	c := connect(t, relay.socket)
+	goroutines, files := 0, 0
+	for i := range 100 {
+		fake.stop()
+		if i%10 == 0 { // a call while it is away
+			ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+			if _, err := call(ctx, c, "/x.Y/Z", nil); err == nil {
+				t.Fatal("answered without a runtime")
+			}
+			cancel()
+		}
+		fake.start()
+		back := time.Now()
+		for {
+			_, err := call(testContext(t), c, "/x.Y/Z", nil)
+			if err == nil {
+				break
+			}
+			if time.Since(back) > 3500*time.Millisecond {
+				t.Fatalf("restart %d: still %v", i, err)
+			}
+			if status.Code(err) != codes.Unavailable {
+				t.Fatalf("restart %d: %v", i, err)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if i == 10 {
+			goroutines, files = runtime.NumGoroutine(), openFiles(t)
+		}
+	}
+	waitFor(t, "return to as many goroutines and files as after the tenth restart", func() bool {
+		return runtime.NumGoroutine() <= goroutines+2 && openFiles(t) <= files+2
+	})
+}
+
+func openFiles(t *testing.T) int {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// TestRuntimeDiesDuringServedCall: a client repeats every stream above the last
+// one in a GOAWAY. One that is being served here must not be among them.
+func TestRuntimeDiesDuringServedCall(t *testing.T) {
+	g := newGate(t)
+	fake := newFakeRuntime(t, func(s grpc.ServerStream) error { return g.wait(s.Context()) })
+	inHandler := newGate(t)
+	served := newServer(func(s grpc.ServerStream) error {
+		if err := inHandler.wait(s.Context()); err != nil {
+			return err
+		}
+		return echo(s)
+	})
+	defer served.Stop()
+	count := &counter{Handler: served}
+	relay := newTestRelay(t, Config{Dial: fake.dial, Handlers: map[string]http.Handler{servedMethod: count}})
+	c := connect(t, relay.socket)
+	relayed, answered := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := call(testContext(t), c, "/x.Y/Z", nil)
+		relayed <- err
+	}()
+	<-g.entered
+	go func() {
+		got, err := call(testContext(t), c, servedMethod, []byte("once"))
+		if err == nil && string(got) != "once" {
+			err = fmt.Errorf("answer %q", got)
+		}
+		answered <- err
+	}()
+	<-inHandler.entered
+	fake.stop()
+	if err := <-relayed; status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "runtime") {
+		t.Errorf("the relayed call ended with %v", err)
+	}
+	fake.start() // other calls go on, over another connection
+	g.release()
+	waitFor(t, "call over a new connection", func() bool {
+		_, err := call(testContext(t), c, "/x.Y/Z", nil)
+		return err == nil || status.Code(err) != codes.Unavailable
+	})
+	select {
+	case err := <-answered:
+		t.Fatalf("the served call ended with the runtime: %v", err)
+	default:
+	}
+	inHandler.release()
+	if err := <-answered; err != nil {
+		t.Errorf("the served call ended with %v", err)
+	}
+	if n := count.n.Load(); n != 1 {
+		t.Errorf("the handler was called %d times", n)
+	}
+	waitFor(t, "end of the connection without runtime", func() bool { return len(relay.connections()) == 1 })
+}
+
+// TestRuntimeDiesInAnAnswer that has begun: the client gets an error, not an end.
+func TestRuntimeDiesInAnAnswer(t *testing.T) {
+	for _, half := range []bool{false, true} {
+		g := newGate(t)
+		fake := newFakeRuntime(t, func(s grpc.ServerStream) error {
+			m := []byte("first")
+			if half {
+				m = make([]byte, 1<<20)
+			}
+			if err := s.SendMsg(&m); err != nil {
+				return err
+			}
+			return g.wait(s.Context())
+		})
+		relay := newTestRelay(t, Config{Dial: fake.dial})
+		c := connect(t, relay.socket, grpc.WithStaticStreamWindowSize(65535), grpc.WithStaticConnWindowSize(65535))
+		s, err := c.NewStream(testContext(t), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, "/x.Y/Watch")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Header(); err != nil {
+			t.Fatal(err)
+		}
+		if !half {
+			if err := s.RecvMsg(&[]byte{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		fake.stop()
+		if err := s.RecvMsg(&[]byte{}); half && err == nil || !half && status.Code(err) != codes.Unavailable {
+			t.Errorf("half a message %v: %v", half, err)
+		}
+	}
+}
+
+// TestRuntimeGoAway, frame by frame.
+func TestRuntimeGoAway(t *testing.T) {
+	release := make(chan struct{})
+	p := newPair(t, handlers(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+		answer(3)(w, r)
+	}))
+	p.ask(1, "/a", 0)
+	p.open(3, "/b")
+	p.ask(5, "/c", 0)
+	p.ask(7, "/d", 0)
+	p.ask(9, here, 0)
+	p.ask(11, "/e", 0)
+	for _, id := range []int{1, 3, 5, 7, 11} {
+		p.expectRuntime(fmt.Sprintf("HEADERS %d", id))
+		if id != 3 {
+			p.expectRuntime(fmt.Sprintf("DATA %d 0 END", id))
+		}
+	}
+	p.runtime.WriteHeaders(p.block(5, false, ":status", "200"))
+	p.expectClient("HEADERS 5")
+	// A first GOAWAY that only announces the next passes as it is.
+	p.runtime.WriteGoAway(maxStreamID, http2.ErrCodeNo, []byte("soon"))
+	p.expectClient(fmt.Sprintf("GOAWAY %d NO_ERROR soon", maxStreamID))
+	// 7 was the last that the runtime saw, 11 the last that the relay saw.
+	p.runtime.WriteGoAway(7, http2.ErrCodeEnhanceYourCalm, []byte("why"))
+	p.expectClient("RST_STREAM 11 REFUSED_STREAM", "GOAWAY 11 ENHANCE_YOUR_CALM why")
+	// 1 is answered, 13 comes too late for anybody.
+	p.runtime.WriteHeaders(p.block(1, true, ":status", "200"))
+	p.expectClient("HEADERS 1 END")
+	p.ask(13, here, 5)
+	p.expectClient("WINDOW_UPDATE 0 5")
+	p.client.WriteSettings()
+	p.client.WriteSettings()
+	p.expectRuntime("SETTINGS", "SETTINGS")
+	// Then the runtime is gone. 3, 5 and 7 may have been executed.
+	p.runtimeConn.Close()
+	want := map[string]string{"HEADERS 3 END": "200", "HEADERS 5 END": "", "HEADERS 7 END": "200"}
+	acks, resets := 0, 0
+	for len(want) > 0 || acks < 2 || resets < 1 {
+		got := p.next(p.client)
+		switch st, ok := want[got]; {
+		case ok:
+			if p.field(":status") != st || p.field("grpc-status") != "14" {
+				t.Errorf("%s: %v", got, p.fields)
+			}
+			delete(want, got)
+		case got == "SETTINGS ACK":
+			acks++
+		case got == "RST_STREAM 3 NO_ERROR": // its client was still sending
+			resets++
+		default:
+			t.Fatalf("the client got %s", got)
+		}
+	}
+	// The served stream goes on to its end on this connection, which then closes.
+	p.client.WritePing(false, [8]byte{'y', 'o', 'u', '?'})
+	p.expectClient("PING ACK you?*")
+	close(release)
+	p.expectClient("HEADERS 9", "DATA 9 3", "HEADERS 9 END")
+	p.expectEnd(p.client)
+}
+
+// TestRuntimeAway: calls wait for the hold time, are then told what to do, and
+// the connection makes room for a better one.
+func TestRuntimeAway(t *testing.T) {
+	served := newServer(echo)
+	defer served.Stop()
+	fake := &fakeRuntime{t: t, socket: filepath.Join(t.TempDir(), "runtime.sock"), handle: echo}
+	relay := newTestRelay(t, Config{Dial: fake.dial, Hold: 100 * time.Millisecond, Handlers: map[string]http.Handler{servedMethod: served}})
+	c := connect(t, relay.socket)
+	_, err := call(testContext(t), c, "/x.Y/Z", nil)
+	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), fake.socket) || !strings.Contains(err.Error(), "start it") {
+		t.Errorf("without a runtime: %v", err)
+	}
+	if got, err := call(testContext(t), c, servedMethod, []byte("hi")); err != nil || string(got) != "hi" {
+		t.Errorf("a served call without a runtime: %q, %v", got, err)
+	}
+	first := relay.connections()
+	fake.start()
+	defer fake.stop()
+	// The connection that has answered is never attached: a new one is.
+	back := time.Now()
+	for {
+		if _, err = call(testContext(t), c, "/x.Y/Z", nil); err == nil {
+			break
+		}
+		if status.Code(err) != codes.Unavailable || time.Since(back) > 3500*time.Millisecond {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	for l := range relay.connections() {
+		if first[l] && l.attached {
+			t.Error("the connection without runtime was attached to one")
+		}
+	}
+}
+
+// TestAwayFrames is what a client sees of a connection without runtime.
+func TestAwayFrames(t *testing.T) {
+	p := &pair{t: t, relay: newTestRelay(t, Config{Dial: (&fakeRuntime{socket: "/nonexistent"}).dial, Hold: time.Millisecond})}
+	p.connect()
+	p.expectClient("SETTINGS HEADER_TABLE_SIZE=0 MAX_HEADER_LIST_SIZE=1048576", "SETTINGS ACK")
+	p.client.WriteSettingsAck()
+	p.ask(1, "/a", 0)
+	p.expectClient("HEADERS 1 END", "RST_STREAM 1 NO_ERROR")
+	if p.field(":status") != "200" || p.field("grpc-status") != "14" || !strings.Contains(p.field("grpc-message"), "/nonexistent") {
+		t.Errorf("answer %v", p.fields)
+	}
+	p.client.WriteHeaders(p.block(3, true, requestTo("/b")...))
+	p.client.WriteSettings()
+	p.expectClient("HEADERS 3 END", "SETTINGS ACK", "GOAWAY 3 NO_ERROR *")
+	p.expectEnd(p.client)
+}
+
+// TestHold: a connection made while the runtime is away is attached to it when
+// it comes, and its calls never fail. A socket whose connections end without
+// a word is no runtime yet.
+func TestHold(t *testing.T) {
+	fake := &fakeRuntime{t: t, socket: filepath.Join(t.TempDir(), "runtime.sock"), handle: echo}
+	relay := newTestRelay(t, Config{Dial: fake.dial})
+	c := connect(t, relay.socket)
+	done := make(chan error, 1)
+	start := time.Now()
+	go func() {
+		_, err := call(testContext(t), c, "/x.Y/Z", nil)
+		done <- err
+	}()
+	time.Sleep(200 * time.Millisecond)
+	l, err := net.Listen("unix", fake.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+	}
+	l.Close()
+	time.Sleep(200 * time.Millisecond)
+	fake.start()
+	defer fake.stop()
+	if err := <-done; err != nil {
+		t.Errorf("after %v: %v", time.Since(start), err)
+	}
+}
+
+// TestHoldEnds: the whole hold time of the kubelet's case passes once.
+func TestHoldEnds(t *testing.T) {
+	fake := &fakeRuntime{t: t, socket: filepath.Join(t.TempDir(), "runtime.sock")}
+	l, err := net.Listen("unix", fake.socket) // accepts, and never answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	relay := newTestRelay(t, Config{Dial: fake.dial})
+	c := connect(t, relay.socket)
+	start := time.Now()
+	_, err = call(testContext(t), c, "/x.Y/Z", nil)
+	if took := time.Since(start); status.Code(err) != codes.Unavailable || took < defaultHold || took > 5*time.Second {
+		t.Errorf("after %v: %v", took, err)
+	}
+}
+
+// shutdown runs Shutdown and returns its error and how long it took.
+func shutdown(r *testRelay, limit time.Duration) (error, time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	start := time.Now()
+	return r.Shutdown(ctx), time.Since(start)
+}
+
+// TestShutdown: unary calls finish, relayed and served; endless ones are cut at
+// once; nobody new gets in.
+func TestShutdown(t *testing.T) {
+	var events atomic.Int64
+	g := newGate(t)
+	fake := newFakeRuntime(t, func(s grpc.ServerStream) error {
+		if method, _ := grpc.MethodFromServerStream(s); method == endless {
+			events.Add(1)
+			<-s.Context().Done()
+			return s.Context().Err()
+		}
+		if err := g.wait(s.Context()); err != nil {
+			return err
+		}
+		return echo(s)
+	})
+	served := newServer(fake.handle)
+	defer served.Stop()
+	relay := newTestRelay(t, Config{Dial: fake.dial, Endless: []string{endless}, Handlers: map[string]http.Handler{servedMethod: served}})
+	c := connect(t, relay.socket)
+	idle := connect(t, relay.socket)
+	idle.Connect()
+	silent, err := net.Dial("unix", relay.socket) // has not even said hello
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	answers, cut := make(chan error, 2), make(chan error, 1)
+	for _, method := range []string{"/x.Y/Z", servedMethod} {
+		go func() {
+			got, err := call(testContext(t), c, method, []byte("hi"))
+			if err == nil && string(got) != "hi" {
+				err = fmt.Errorf("answer %q", got)
+			}
+			answers <- err
+		}()
+		<-g.entered
+	}
+	go func() {
+		s, err := c.NewStream(testContext(t), &grpc.StreamDesc{ServerStreams: true}, endless)
+		if err == nil {
+			s.SendMsg(&[]byte{})
+			s.CloseSend()
+			err = s.RecvMsg(&[]byte{})
+		}
+		cut <- err
+	}()
+	waitFor(t, "stream of events", func() bool { return events.Load() == 1 })
+	type end struct {
+		err  error
+		took time.Duration
+	}
+	ended := make(chan end, 1)
+	go func() {
+		err, took := shutdown(relay, 10*time.Second)
+		ended <- end{err, took}
+	}()
+	if err := <-cut; status.Code(err) != codes.Unavailable {
+		t.Errorf("the endless call ended with %v", err)
+	}
+	select {
+	case e := <-ended:
+		t.Fatalf("Shutdown returned with calls in flight: %v", e.err)
+	case <-answers:
+		t.Fatal("a call was cut")
+	default:
+	}
+	if _, err := net.Dial("unix", relay.socket); err == nil {
+		t.Error("a new connection was accepted")
+	}
+	g.release()
+	for range 2 {
+		if err := <-answers; err != nil {
+			t.Errorf("a call in flight: %v", err)
+		}
+	}
+	if e := <-ended; e.err != nil || e.took > 8*time.Second {
+		t.Errorf("Shutdown: %v after %v", e.err, e.took)
+	}
+}
+
+// TestShutdownCuts what does not end by itself.
+func TestShutdownCuts(t *testing.T) {
+	hang := newGate(t)
+	fake := newFakeRuntime(t, func(s grpc.ServerStream) error { return hang.wait(s.Context()) })
+	served := newServer(fake.handle)
+	defer served.Stop()
+	relay := newTestRelay(t, Config{Dial: fake.dial, Handlers: map[string]http.Handler{servedMethod: served}})
+	c := connect(t, relay.socket)
+	errs := make(chan error, 2)
+	for _, method := range []string{"/x.Y/Z", servedMethod} {
+		go func() {
+			_, err := call(testContext(t), c, method, nil)
+			errs <- err
+		}()
+		<-hang.entered
+	}
+	err, took := shutdown(relay, 100*time.Millisecond)
+	if !errors.Is(err, context.DeadlineExceeded) || took > 3*time.Second {
+		t.Errorf("Shutdown: %v after %v", err, took)
+	}
+	for range 2 {
+		if err := <-errs; status.Code(err) != codes.Unavailable && status.Code(err) != codes.Canceled {
+			t.Errorf("a call that was cut: %v", err)
+		}
+	}
+	if n := len(relay.connections()); n != 0 {
+		t.Errorf("%d connections are left", n)
+	}
+}
+
+// TestShutdownOfNothing, twice, and Serve afterwards.
+func TestShutdownOfNothing(t *testing.T) {
+	relay := newTestRelay(t, Config{})
+	for range 2 {
+		if err, _ := shutdown(relay, 5*time.Second); err != nil {
+			t.Error(err)
+		}
+	}
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "late.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := relay.Serve(l); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the listener is open: %v", err)
+	}
+}
+
+// TestServeGoesOn when accepting fails, as it does without descriptors.
+func TestServeGoesOn(t *testing.T) {
+	fake := newFakeRuntime(t, echo)
+	s := New(Config{Dial: fake.dial})
+	inner, err := net.Listen("unix", filepath.Join(t.TempDir(), "relay.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(&tired{Listener: inner}) }()
+	c := connect(t, inner.Addr().String())
+	if _, err := call(testContext(t), c, "/x.Y/Z", nil); err != nil {
+		t.Error(err)
+	}
+	if err, _ := shutdown(&testRelay{Server: s}, 5*time.Second); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// tired fails to accept at first.
+type tired struct {
+	net.Listener
+	n int
+}
+
+func (l *tired) Accept() (net.Conn, error) {
+	if l.n++; l.n < 3 {
+		return nil, errors.New("accept4: too many open files")
+	}
+	return l.Listener.Accept()
+}
