@@ -8,9 +8,8 @@
 // deletes without a trace.
 //
 // It never follows a symbolic link that anyone but root could have made, never
-// opens a path twice (what was checked is held by its descriptor), and knows
-// nothing of CRI or of CRIU's process: what the members mean is its callers'
-// affair.
+// writes by path (what was checked is held by its descriptor), and knows nothing
+// of CRI or of CRIU's process: what the members mean is its callers' affair.
 package archive
 
 import "time"
@@ -36,16 +35,16 @@ const (
 
 // Config is the content of config.dump. Its times are written as RFC 3339.
 type Config struct {
-	ID              string    `json:"id"`
-	Name            string    `json:"name"`
-	RootfsImage     string    `json:"rootfsImage,omitempty"`     // as the pod names it
-	RootfsImageRef  string    `json:"rootfsImageRef,omitempty"`  // repo@sha256:… for containerd, an image ID for CRI-O
-	RootfsImageName string    `json:"rootfsImageName,omitempty"` // for people
-	Runtime         string    `json:"runtime,omitempty"`         // the OCI runtime, such as runc
-	CreatedTime     time.Time `json:"createdTime"`
-	CheckpointTime  time.Time `json:"checkpointedTime"`
-	RestoredTime    time.Time `json:"restoredTime"`
-	Restored        bool      `json:"restored"`
+	ID               string    `json:"id"`
+	Name             string    `json:"name"`
+	RootfsImage      string    `json:"rootfsImage,omitempty"`     // as the pod names it
+	RootfsImageRef   string    `json:"rootfsImageRef,omitempty"`  // repo@sha256:… for containerd, an image ID for CRI-O
+	RootfsImageName  string    `json:"rootfsImageName,omitempty"` // for people
+	Runtime          string    `json:"runtime,omitempty"`         // the OCI runtime, such as runc
+	CreatedTime      time.Time `json:"createdTime"`
+	CheckpointedTime time.Time `json:"checkpointedTime"`
+	RestoredTime     time.Time `json:"restoredTime"`
+	Restored         bool      `json:"restored"`
 }
 
 // BindMount is an element of bind.mounts: a mount point that a restorer must

@@ -254,10 +254,9 @@ func TestOnlyRegularFiles(t *testing.T) {
 			s := stage(t, rootDir(t)+"/a.tar")
 			must(t, put(s.Dir().Name()))
 			err := s.Assemble(t.Context(), nil)
-			if err == nil {
-				t.Fatal("archived")
+			if err == nil || !strings.Contains(err.Error(), "not a regular file") && !strings.Contains(err.Error(), "make a full dump") {
+				t.Errorf("Assemble = %v", err)
 			}
-			t.Log(err)
 		})
 	}
 }

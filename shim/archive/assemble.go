@@ -16,8 +16,8 @@ const copyChunk = 8 << 20
 
 // Assemble writes the archive from what was staged: the regular files in Dir and
 // Images, and nothing else may be there. Each staged file is deleted once it is
-// in the archive, so that a checkpoint needs room for its largest member twice, not for all.
-// After an error, then, only Remove is left to do.
+// in the archive, so that only the largest member needs its room twice. After an
+// error, then, Remove is all that is left to do.
 //
 // progress, if not nil, is called now and then with the bytes written so far,
 // from the same goroutine.
@@ -145,14 +145,14 @@ func (w *writer) copyMember(ctx context.Context, m member) error {
 	defer src.Close()
 
 	for left := m.size; left > 0; {
-		if err := ctx.Err(); err != nil {
+		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		// Between two files the kernel copies, by copy_file_range where it can.
 		n, err := w.file.ReadFrom(io.LimitReader(src, min(left, copyChunk)))
 		// Start writing to disk now, so that the sync at the end has less to do.
 		// Only a hint: an error shows up in that sync.
-		unix.SyncFileRange(int(w.file.Fd()), w.written, n, unix.SYNC_FILE_RANGE_WRITE)
+		_ = unix.SyncFileRange(int(w.file.Fd()), w.written, n, unix.SYNC_FILE_RANGE_WRITE)
 		w.written += n
 		left -= n
 		switch {

@@ -31,8 +31,8 @@ type Location struct {
 // closes it, after the stagings made from it.
 //
 // The path must be absolute and clean, and nothing may be at it, not even a
-// dangling link. Every directory on the way, the last one included, must belong to root and
-// be writable by nobody else unless it is sticky, as /tmp is.
+// dangling link. Every directory on the way, the last one included, must belong
+// to root and be writable by nobody else, unless it is sticky as /tmp is.
 //
 // A symbolic link on the way is followed if root owns it and only root can write
 // the directory that it is in. So /var/lib/kubelet may be a link to another

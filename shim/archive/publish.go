@@ -11,14 +11,14 @@ import (
 )
 
 // Publish makes the assembled archive appear at its location, all at once and
-// synced to disk, and removes the staging directory. It returns ErrExists if something
-// has come to be there meanwhile, and ErrInvalidLocation if the directory has
-// been moved away from the location's path.
+// synced to disk, and removes the staging directory. It returns ErrExists if
+// something has come to be there meanwhile, and ErrInvalidLocation if the
+// location's path leads to another directory by now.
 //
-// After an error nothing has appeared, with one exception, which says so: the archive is
-// there, but the directory could not be synced, so a power cut may take it away.
-// When the archive is there and only the staging directory cannot be deleted,
-// Publish succeeds, and a further Remove tells the error.
+// After an error nothing has appeared, with one exception, which says so: the
+// archive is there, but its directory could not be synced, so that a power cut may
+// take it away. When only the staging directory cannot be deleted, Publish
+// succeeds, and a further Remove tells the error.
 func (s *Staging) Publish(ctx context.Context) error {
 	if s.archive == nil {
 		return errors.New("publish archive: it has not been assembled")
@@ -36,8 +36,9 @@ func (s *Staging) Publish(ctx context.Context) error {
 		return fmt.Errorf("publish archive: %w", s.Explain(err))
 	}
 	syncErr := s.location.dir.Sync()
-	s.Remove()                                              // the caller's deferred Remove tells if it failed
-	if syncErr != nil && !errors.Is(syncErr, unix.EINVAL) { // EINVAL: a file system on which directories need no sync
+	_ = s.Remove() // the caller's deferred Remove tells if it failed
+	// EINVAL: a file system on which directories need no sync.
+	if syncErr != nil && !errors.Is(syncErr, unix.EINVAL) {
 		return fmt.Errorf("publish archive: %s is complete, but may be lost in a power cut: sync its directory: %w", s.location.path, s.Explain(syncErr))
 	}
 	return nil
@@ -81,13 +82,13 @@ func (l *Location) rename(dir *os.File, name string) error {
 }
 
 // link does what rename does, where that is not supported: a link fails if its
-// name exists. It leaves the old name to Remove: once the new one is there, no error
-// may undo it.
+// name exists. Should the old name stay, Remove gets it: once the new one is
+// there, no error may undo it.
 func (l *Location) link(dir *os.File, name string) error {
 	err := unix.Linkat(int(dir.Fd()), name, int(l.dir.Fd()), l.name, 0)
 	switch err {
 	case nil:
-		unix.Unlinkat(int(dir.Fd()), name, 0)
+		_ = unix.Unlinkat(int(dir.Fd()), name, 0)
 		return nil
 	case unix.EEXIST:
 		return fmt.Errorf("%w: %s appeared while the archive was made", ErrExists, l.path)

@@ -19,9 +19,9 @@ const (
 	archiveName = ".archive"
 )
 
-// Staging is a hidden directory beside a location, on the same file system,
-// in which an archive comes into being. Its methods are not for concurrent use, except
-// Create, WriteFile and WriteJSON with different names.
+// Staging is a hidden directory beside a location, on the same file system, in
+// which an archive comes into being. Its methods are not for concurrent use,
+// except Create, WriteFile and WriteJSON with different names.
 type Staging struct {
 	location *Location
 	name     string
@@ -61,13 +61,14 @@ func makeDirectory(parent *os.File, name string) (*os.File, error) {
 		}
 		dir.Close()
 	}
-	unix.Unlinkat(int(parent.Fd()), name, unix.AT_REMOVEDIR)
+	_ = unix.Unlinkat(int(parent.Fd()), name, unix.AT_REMOVEDIR)
 	return nil, err
 }
 
 // makePrivate gives f to root with exactly this mode: neither the umask nor a
-// set-group-ID or a default ACL of the parent has a say. It looks again, because some file systems
-// (vfat, NFS with squashed root) accept the change and ignore it.
+// set-group-ID bit or a default ACL of the parent has a say. It looks again,
+// because some file systems (vfat with quiet, some FUSE) accept the change and
+// ignore it.
 func makePrivate(f *os.File, mode uint32) error {
 	fd := int(f.Fd())
 	if err := unix.Fchown(fd, 0, 0); err != nil {
@@ -151,8 +152,9 @@ func (s *Staging) WriteJSON(name string, v any) error {
 }
 
 // Explain adds to an error of the disk (full, quota, file size limit, input and
-// output) which file system it was and what helps. It returns other errors as they
-// are. It is for whoever writes into the staging directory, too.
+// output) which file system it was and what helps, and returns other errors as
+// they are. The methods of s do it by themselves; it is for those who write into
+// the staging directory by other means.
 func (s *Staging) Explain(err error) error {
 	return explain(s.location.dir, err)
 }
@@ -178,9 +180,9 @@ func explain(dir *os.File, err error) error {
 }
 
 // Remove deletes the staging directory and all that is in it, and nothing else:
-// an archive that was published stays. Before that, the location's directory
-// is then as it was before Stage. It may be called again: after a success it does nothing,
-// after a failure it goes on where it stopped.
+// an archive that was published stays, and without one the location's directory
+// is as it was before Stage. It may be called again: after a success it does
+// nothing, after a failure it goes on where it stopped.
 func (s *Staging) Remove() error {
 	if s.removed {
 		return nil

@@ -38,8 +38,8 @@ func (k *walk) examine(fd int, path string) (*entry, error) {
 			return nil, fmt.Errorf("read layer entry %s: %w", quote(path), err)
 		}
 	}
-	// Both are bound to this machine: the label to the container that it confines, the
-	// signature to the inode. Restored elsewhere they lock the container out of its files.
+	// The label is bound to the container that it confines, the signature to
+	// the inode. Restored, they would lock the container out of its files.
 	delete(e.attrs, "security.selinux")
 	delete(e.attrs, "security.evm")
 	return e, nil
@@ -128,8 +128,8 @@ func (k *walk) header(h *tar.Header) error {
 // file writes a regular file. Its header goes first and cannot be taken back:
 // the size in it is kept to, whatever happens to the file.
 func (k *walk) file(e *entry, h *tar.Header) error {
-	// By way of the descriptor that was examined: had the name been opened a second time, a
-	// device node could have taken it since, and some devices act on being opened.
+	// By way of the descriptor that was examined: by now a device node could
+	// have taken the name, and some devices act on being opened.
 	fd, err := reopen(unix.AT_FDCWD, procPath(e.fd), 0)
 	if err == unix.EAGAIN {
 		return fmt.Errorf("open %s: a process holds a lease on it (fcntl F_SETLEASE) and would have to be waited for: try again without it", quote(e.path))
@@ -183,8 +183,8 @@ func readlink(fd int) (string, error) {
 	return string(buf[:n]), nil
 }
 
-// procPath is a path to just what an O_PATH descriptor refers to, even if that is a
-// symbolic link. Such descriptors can neither be read nor asked for attributes directly.
+// procPath is a path to just what an O_PATH descriptor refers to, even if that is
+// a symbolic link. Such a descriptor can neither be read nor asked for attributes.
 func procPath(fd int) string {
 	return fmt.Sprintf("/proc/self/fd/%d", fd)
 }
@@ -235,8 +235,8 @@ func grow(get func([]byte) (int, error)) ([]byte, error) {
 	}
 }
 
-// quote makes a path fit to be shown, in one line and of bounded length: names are the
-// container's to choose, and depth knows no limit.
+// quote makes a path fit to be shown, in one line and of bounded length: names
+// are the container's to choose, and depth knows no limit.
 func quote(path string) string {
 	const most = 512
 	if len(path) > most {

@@ -56,8 +56,8 @@ func takeMarks(attrs map[string]string) (m marks, err error) {
 	return m, nil
 }
 
-// whiteout writes e, found in the directory parent, if it stands for a deleted name, and reports
-// whether it does.
+// whiteout writes e, found in the directory parent, if it stands for a deleted
+// name, and reports whether it does.
 func (k *walk) whiteout(parent, e *entry) (done bool, err error) {
 	device := e.is(unix.S_IFCHR) && e.st.Rdev == 0
 	if e.marks.whiteout && (!parent.marks.whiteouts || !e.is(unix.S_IFREG) || e.st.Size != 0) {

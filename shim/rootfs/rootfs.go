@@ -3,13 +3,13 @@
 //
 // What it reads is hostile, and some of it changes while it is read. It promises
 // that nothing outside the directory it is given gets into the output, that
-// nothing but regular files and directories is ever opened (opening a FIFO waits
-// for ever, opening a device node may reboot the machine), and that there is no silent gap:
-// an entry is written, or is one of the kinds that Diff and Tree say they leave out, or
-// is named by an error.
+// nothing but regular files and directories is ever opened (a FIFO would wait for
+// ever, a watchdog's device node reboots the machine), and that there is no
+// silent gap: an entry is written, or is of a kind that Diff and Tree say they
+// leave out, or is named by an error.
 //
-// It never resolves a path through a symbolic link, and never changes what it reads, not
-// even an access time where the kernel lets it be.
+// It never resolves a path through a symbolic link, and never changes what it
+// reads, not even an access time where the kernel lets it be.
 package rootfs
 
 import (
@@ -34,16 +34,19 @@ import (
 //
 // The entries keep type, mode, numeric owner, modification time in nanoseconds,
 // hard links within the layer, and extended attributes. Left out are sockets,
-// overlay's own attributes, and those that bind a file to this machine
-// (security.selinux, security.evm). What is deleted while Diff runs may be missing.
+// overlay's own attributes, and those that bind a file to this machine,
+// security.selinux and security.evm. What is renamed or deleted while Diff runs
+// may be missing.
 //
 // These are errors that name the file: overlay's redirect and metacopy
-// attributes, for part of such a file is in another layer; names that
-// begin with .wh., which any reader would take for a whiteout; a mount point below upper;
-// whatever cannot be read.
+// attributes, for part of such a file is in another layer; names that begin with
+// .wh., which any reader would take for whiteouts; attributes that a tar cannot
+// hold; a mount point below upper; whatever cannot be read.
 //
-// The largest directories are sorted in pieces of 100,000 names. Memory grows
-// with the number of directories and hard links, not with the number or size of files.
+// A parent comes before what is in it, and a directory's entries are sorted,
+// files first; directories of more than 100,000 entries in pieces of that many.
+// Memory grows with the number of directories, whiteouts and hard links, not with
+// the number or size of files.
 func Diff(ctx context.Context, w io.Writer, upper *os.File) (deleted []string, err error) {
 	k := &walk{ctx: ctx, root: upper, overlay: true, batch: maxSorted}
 	if err := k.writeTo(w); err != nil {
@@ -53,13 +56,13 @@ func Diff(ctx context.Context, w io.Writer, upper *os.File) (deleted []string, e
 }
 
 // Tree writes everything below dir, and dir itself as "./", to w as an
-// uncompressed tar. Other processes may change dir meanwhile: a file has the size in the output
-// that it had when its turn came, cut off or filled with zeros if it changed, and what is
-// renamed or deleted may be missing.
+// uncompressed tar. Other processes may change dir meanwhile: a file has the size
+// in the output that it had when its turn came, cut off or filled with zeros if it
+// changed since, and what is renamed or deleted may be missing.
 //
-// Attributes and limits are those of Diff, but overlay's conventions mean nothing here:
-// such names, devices and attributes are kept as they are. Left out is what is mounted below dir,
-// which has a life of its own.
+// What is kept and what is an error is as for Diff, but overlay's conventions mean
+// nothing here: such names, devices and attributes are kept as they are. What is
+// mounted below dir is left out: it is another volume.
 func Tree(ctx context.Context, w io.Writer, dir *os.File) error {
 	k := &walk{ctx: ctx, root: dir, batch: maxSorted}
 	if err := k.writeTo(w); err != nil {

@@ -207,8 +207,8 @@ func read(fd int, buf []byte) (int, error) {
 	}
 }
 
-// vanished tells whether err means that a path which was there has been deleted, or that a
-// directory on the way has been replaced by something else.
+// vanished tells whether err means that a path which was there has been deleted,
+// or that a directory on the way has been replaced by something else.
 func vanished(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
 }
