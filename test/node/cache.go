@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -130,8 +131,12 @@ func (c cache) program(ctx context.Context, name string, sources map[string][]by
 	})
 }
 
-// output runs a command whose output matters only if it fails.
+// output runs a command whose output matters only if it fails. It does not outlive this process, which holds a lock.
 func output(cmd *exec.Cmd) error {
+	// The signal comes with the end of the thread that has started the command.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("run %s: %w\n%s", filepath.Base(cmd.Path), err, out)

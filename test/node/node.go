@@ -246,8 +246,7 @@ func (n *Node) end() error {
 			n.process.Process.Kill()
 		}
 	}
-	errs = append(errs, n.cgroups.kill(10*time.Second))
-	errs = append(errs, n.cgroups.remove(), n.release())
+	errs = append(errs, n.release())
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("stop node: %w", err)
 	}

@@ -2,6 +2,7 @@ package node_test
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io/fs"
 	"os"
@@ -17,9 +18,19 @@ import (
 // asOwner makes the test binary the owner of a node that is killed.
 const asOwner = "CRISHIM_TEST_OWNER"
 
+func TestMain(m *testing.M) {
+	if os.Getenv(asOwner) == "" {
+		os.Exit(m.Run())
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	fmt.Fprintln(os.Stderr, "own node:", own(ctx))
+	os.Exit(1)
+}
+
 func TestSweepAfterKill(t *testing.T) {
 	nodes := newNodes(t)
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestOwner$", "-test.v")
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = append(os.Environ(), asOwner+"=1")
 	cmd.Stderr = os.Stderr
 	stdout, err := cmd.StdoutPipe()
@@ -29,21 +40,16 @@ func TestSweepAfterKill(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	var name string
-	for lines := bufio.NewScanner(stdout); name == "" && lines.Scan(); {
-		name, _ = strings.CutPrefix(lines.Text(), "node ")
-		if name == lines.Text() {
-			name = ""
-		}
-	}
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	name, found := strings.CutPrefix(strings.TrimSpace(line), "node ")
 	if err := cmd.Process.Kill(); err != nil {
 		t.Error(err)
 	}
 	// Its pipe may be open in what it started.
 	stdout.Close()
 	_ = cmd.Wait()
-	if name == "" {
-		t.Fatal("the owner has not started a node")
+	if !found {
+		t.Fatalf("the owner has not started a node: %q, %v", line, err)
 	}
 	nodes.names = append(nodes.names, name)
 	if err := node.Sweep(t.Context()); err != nil {
@@ -52,24 +58,28 @@ func TestSweepAfterKill(t *testing.T) {
 	nodes.assertGone(t)
 }
 
-// TestOwner is the process that TestSweepAfterKill kills: it has a node with a frozen container.
-func TestOwner(t *testing.T) {
-	if os.Getenv(asOwner) == "" {
-		t.Skip("runs as a process of TestSweepAfterKill only")
-	}
-	n, err := node.Start(t.Context(), node.Options{})
+// own is the process that TestSweepAfterKill kills: it has a node with a frozen container.
+func own(ctx context.Context) error {
+	n, err := node.Start(ctx, node.Options{})
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	client := startContainerd(t, n)
-	if _, err := client.RunContainer(t.Context(), node.Spec{}); err != nil {
-		t.Fatal(err)
+	if _, err := n.StartContainerd(ctx); err != nil {
+		return err
+	}
+	client, err := n.DialCRI(node.ContainerdSocket)
+	if err != nil {
+		return err
+	}
+	if _, err := client.RunContainer(ctx, node.Spec{}); err != nil {
+		return err
 	}
 	if err := freeze(n.Name()); err != nil {
-		t.Fatal(err)
+		return err
 	}
-	fmt.Printf("\nnode %s\n", n.Name())
-	time.Sleep(time.Minute)
+	fmt.Printf("node %s\n", n.Name())
+	<-ctx.Done()
+	return ctx.Err()
 }
 
 // freeze freezes all containers of a node, by whichever version of cgroups it has.

@@ -32,6 +32,13 @@ func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.C
 		"setpriv", "--pdeathsig", "KILL", "--", name}, args...)...)
 	cmd.Dir = "/"
 	cmd.Env = environment
+	// Its parent on the host waits for it; killed first, the parent would leave it to the host's init.
+	cmd.Cancel = func() error {
+		if Signal(cmd, unix.SIGKILL) == nil {
+			return nil
+		}
+		return cmd.Process.Kill()
+	}
 	cmd.WaitDelay = 5 * time.Second
 	return cmd
 }
@@ -148,8 +155,7 @@ func (d *Daemon) Stop(ctx context.Context) error {
 
 // Kill kills the daemon and waits for its end.
 func (d *Daemon) Kill() {
-	_ = d.Signal(unix.SIGKILL)
-	_ = d.cmd.Process.Kill()
+	_ = d.cmd.Cancel() // it may have ended
 	<-d.done
 }
 

@@ -65,7 +65,7 @@ func (n *Node) reserve(ctx context.Context) error {
 	return err
 }
 
-// release removes the node's directory. The last node restores the kernel's parameters.
+// release lets a sweep remove the node's cgroups and directory. The last node restores the kernel's parameters.
 func (n *Node) release() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -74,12 +74,11 @@ func (n *Node) release() error {
 		return err
 	}
 	defer lock.Close()
-	err = os.RemoveAll(n.scratch)
 	if n.lock != nil {
 		n.lock.Close()
 	}
-	_, sweepErr := n.cache.sweep()
-	return errors.Join(err, sweepErr)
+	_, err = n.cache.sweep()
+	return err
 }
 
 // lock is held while nodes come and go.
@@ -128,7 +127,10 @@ func removeDead(dir string) (dead bool, err error) {
 	if err := groups.kill(10 * time.Second); err != nil {
 		return true, err
 	}
-	return true, errors.Join(groups.remove(), os.RemoveAll(dir))
+	if err := groups.remove(); err != nil {
+		return true, err
+	}
+	return true, os.RemoveAll(dir)
 }
 
 func (c cache) saveParameters() error {

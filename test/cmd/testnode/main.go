@@ -20,7 +20,6 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
-	"time"
 
 	"crishim/test/node"
 )
@@ -40,10 +39,18 @@ func run(args []string) (code int, err error) {
 	if len(args) == 0 {
 		return 0, errors.New(usage)
 	}
-	// The first signal cancels ctx, which ends the command and then the node.
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	defer cancel()
 	command, args := args[0], args[1:]
+	ends := []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
+	if command == "shell" {
+		// An interrupt is for what the shell runs. It is not ignored, which the shell would inherit.
+		interrupts := make(chan os.Signal, 1)
+		signal.Notify(interrupts, os.Interrupt)
+		defer signal.Stop(interrupts)
+		ends = ends[1:]
+	}
+	// A signal ends the command and then the node.
+	ctx, cancel := signal.NotifyContext(context.Background(), ends...)
+	defer cancel()
 	var options node.Options
 	for len(args) > 0 && strings.HasPrefix(args[0], "--") {
 		option := args[0]
@@ -95,9 +102,7 @@ func inNode(ctx context.Context, options node.Options, args []string) (code int,
 	quit := make(chan os.Signal, 1)
 	signal.Notify(quit, syscall.SIGQUIT)
 	defer signal.Stop(quit)
-	started := time.Now()
-	err = cmd.Start()
-	if err != nil {
+	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
 	done := make(chan error, 1)
@@ -105,11 +110,12 @@ func inNode(ctx context.Context, options node.Options, args []string) (code int,
 	for {
 		select {
 		case <-quit:
-			node.Signal(cmd, syscall.SIGQUIT)
+			// Where it has ended meanwhile, that is next.
+			_ = node.Signal(cmd, syscall.SIGQUIT)
 		case err := <-done:
 			var exit *exec.ExitError
 			if ctx.Err() != nil {
-				return 0, fmt.Errorf("interrupted after %s", time.Since(started).Round(time.Second))
+				return 0, errors.New("interrupted")
 			}
 			if errors.As(err, &exit) && exit.Exited() {
 				return exit.ExitCode(), nil

@@ -91,6 +91,17 @@ func run() error {
 }
 
 func mountRoot(root string, s spec) error {
+	const overlay = 0x794c7630
+	var fileSystem syscall.Statfs_t
+	if err := syscall.Statfs(s.Scratch, &fileSystem); err != nil {
+		return err
+	}
+	// In a container, memory has to do for the upper directories that an overlay cannot hold.
+	if fileSystem.Type == overlay {
+		if err := mount("tmpfs", s.Scratch, "tmpfs", 0, "mode=755"); err != nil {
+			return err
+		}
+	}
 	upper, work := filepath.Join(s.Scratch, "upper"), filepath.Join(s.Scratch, "work")
 	for _, dir := range []string{root, upper, work} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
