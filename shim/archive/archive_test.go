@@ -489,3 +489,20 @@ func TestMetadataJSON(t *testing.T) {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }
+
+// The staging directory is root's alone, so a link in it is unlikely. It would
+// be refused all the same where a file is opened.
+func TestOpenAtFollowsNoLinks(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.WriteFile(dir+"/secret", nil, 0o600))
+	must(t, os.Symlink("secret", dir+"/link"))
+	d, err := os.Open(dir)
+	must(t, err)
+	defer d.Close()
+	for _, flags := range []int{unix.O_RDONLY, unix.O_WRONLY, unix.O_WRONLY | unix.O_CREAT} {
+		if f, err := openAt(d, "link", flags); !errors.Is(err, unix.ELOOP) {
+			f.Close()
+			t.Errorf("openAt with flags %x = %v, want ELOOP", flags, err)
+		}
+	}
+}

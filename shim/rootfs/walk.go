@@ -52,8 +52,8 @@ func (k *walk) directories() error {
 func (k *walk) directory(d *directory) ([]*directory, error) {
 	path := d.path()
 	fd, err := k.open(path)
-	if vanished(err) {
-		return nil, nil
+	if vanished(err) || errors.Is(err, unix.EXDEV) && !k.overlay {
+		return nil, nil // as in child, had it come a moment earlier
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open directory %s: %w", quote(path), err)
