@@ -30,22 +30,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-const containerdSocket = "/run/containerd/containerd.sock"
-
 // serve starts the checkpoint service on a socket of its own, in front of the node's containerd.
 func serve(t *testing.T) (*node.Client, runtimeapi.RuntimeServiceClient) {
 	t.Helper()
-	node.Require(t)
-	containerd, err := node.DialLocalCRI(containerdSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { containerd.Close() })
-	log := logrus.New()
-	log.SetLevel(logrus.DebugLevel)
-	log.SetOutput(t.Output())
-	log.SetFormatter(&logrus.TextFormatter{TimestampFormat: "05.000", FullTimestamp: true})
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "criu", Log: log})
+	containerd := dialContainerd(t)
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "criu", Log: testLog(t)})
 	socket := filepath.Join(t.TempDir(), "crishim.sock")
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
@@ -68,6 +57,25 @@ func serve(t *testing.T) (*node.Client, runtimeapi.RuntimeServiceClient) {
 		service.Drain(context.Background())
 	})
 	return containerd, runtimeapi.NewRuntimeServiceClient(conn)
+}
+
+func dialContainerd(t *testing.T) *node.Client {
+	t.Helper()
+	node.Require(t)
+	containerd, err := node.DialLocalCRI(node.ContainerdSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { containerd.Close() })
+	return containerd
+}
+
+func testLog(t *testing.T) logrus.FieldLogger {
+	log := logrus.New()
+	log.SetLevel(logrus.DebugLevel)
+	log.SetOutput(t.Output())
+	log.SetFormatter(&logrus.TextFormatter{TimestampFormat: "05.000", FullTimestamp: true})
+	return log
 }
 
 // run starts a container and removes it at the end of the test.
@@ -119,6 +127,8 @@ func waitCount(t *testing.T, n int, output func() (string, error)) int {
 }
 
 func location(t *testing.T) string {
+	t.Helper()
+	// On the node's disk, not in its tmpfs.
 	dir := filepath.Join("/var/lib", "checkpoints-"+strings.ReplaceAll(t.Name(), "/", "-"))
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)

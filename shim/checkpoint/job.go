@@ -58,14 +58,14 @@ func metadata(c *container.Container, now time.Time) ([]*crishimv1.Member, error
 		value any
 	}{
 		{archive.ConfigDump, archive.Config{
-			ID:              c.Status.GetId(),
-			Name:            c.Status.GetMetadata().GetName(),
-			RootfsImage:     c.Status.GetImage().GetImage(),
-			RootfsImageRef:  c.Status.GetImageRef(),
-			RootfsImageName: imageName(c.Status.GetImage()),
-			Runtime:         c.Runtime,
-			CreatedTime:     time.Unix(0, c.Status.GetCreatedAt()),
-			CheckpointTime:  now,
+			ID:               c.Status.GetId(),
+			Name:             c.Status.GetMetadata().GetName(),
+			RootfsImage:      c.Status.GetImage().GetImage(),
+			RootfsImageRef:   c.Status.GetImageRef(),
+			RootfsImageName:  imageName(c.Status.GetImage()),
+			Runtime:          c.Runtime,
+			CreatedTime:      time.Unix(0, c.Status.GetCreatedAt()),
+			CheckpointedTime: now,
 		}},
 		// encoding/json and not protojson: containerd reads it back by the Go names of the CRI's fields.
 		{archive.StatusDump, c.Status},

@@ -24,8 +24,9 @@ import (
 	"crishim/shim/archive"
 )
 
-// Machine is where the container is restored: a node, or the machine itself. It must have the image in its containerd.
+// Machine is where the container is restored: a node, or the machine itself. Its containerd must be able to pull the image.
 type Machine struct {
+	// Command prepares a command there.
 	Command func(ctx context.Context, name string, args ...string) *exec.Cmd
 	// Path tells where a path of the machine is found here.
 	Path func(string) string
@@ -110,6 +111,9 @@ func (c *Container) Remove(ctx context.Context) error {
 func (c *Container) makeRootfs(ctx context.Context, image string) error {
 	rootfs := c.dir + "/rootfs"
 	if err := os.MkdirAll(c.machine.Path(rootfs), 0o700); err != nil {
+		return err
+	}
+	if err := c.run(ctx, "ctr", "-n", "k8s.io", "images", "pull", "--hosts-dir", "/etc/containerd/certs.d", image); err != nil {
 		return err
 	}
 	if err := c.run(ctx, "ctr", "-n", "k8s.io", "images", "mount", "--rw", image, rootfs); err != nil {

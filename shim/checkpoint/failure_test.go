@@ -1,0 +1,327 @@
+package checkpoint_test
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/shim/checkpoint"
+	"crishim/test/node"
+)
+
+// unharmed fails the test unless the container goes on and nothing of a checkpoint is left, neither on it nor at the location.
+func unharmed(t *testing.T, c *node.Container, location string) {
+	t.Helper()
+	log, err := c.Log()
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitCount(t, lastCount(t, log), c.Log)
+	pid, err := c.Pid(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if traced := field(t, pid, "TracerPid:"); traced != "0" {
+		t.Errorf("process %d is traced by %s", pid, traced)
+	}
+	if state := field(t, pid, "State:"); strings.HasPrefix(state, "T") || strings.HasPrefix(state, "t") {
+		t.Errorf("process %d is stopped: %s", pid, state)
+	}
+	if left := listing(t, filepath.Dir(location)); left != "" {
+		t.Errorf("left behind:\n%s", left)
+	}
+	children, err := filepath.Glob("/proc/[0-9]*/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, comm := range children {
+		if name, _ := os.ReadFile(comm); strings.TrimSpace(string(name)) == "criu" {
+			t.Errorf("criu still runs: %s", comm)
+		}
+	}
+}
+
+// field reads a field of /proc/PID/status.
+func field(t *testing.T, pid int, name string) string {
+	t.Helper()
+	content, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(content)) {
+		if value, ok := strings.CutPrefix(line, name); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	t.Fatalf("process %d has no %s", pid, name)
+	return ""
+}
+
+// dumping waits until criu has written some memory to the staging directory beside the location.
+func dumping(t *testing.T, location string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		pages, err := filepath.Glob(filepath.Join(filepath.Dir(location), ".crishim-*", "checkpoint", "pages-*.img"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range pages {
+			if info, err := os.Stat(file); err == nil && info.Size() > 1<<20 {
+				return
+			}
+		}
+	}
+	t.Fatal("no memory was dumped for 20 s")
+}
+
+func TestAStoppedCheckpointLeavesNothing(t *testing.T) {
+	containerd, crishim := serve(t)
+	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "1024"}})
+	waitCount(t, 0, c.Log)
+	for _, test := range []struct {
+		name string
+		want codes.Code
+		ctx  func(location string) (context.Context, context.CancelFunc)
+	}{
+		{"deadline of 1 s", codes.DeadlineExceeded, func(string) (context.Context, context.CancelFunc) {
+			return context.WithTimeout(t.Context(), time.Second)
+		}},
+		{"cancelled while memory is written", codes.Canceled, func(location string) (context.Context, context.CancelFunc) {
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				defer cancel()
+				dumping(t, location)
+			}()
+			return ctx, func() { cancel(); <-done }
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			path := location(t)
+			ctx, cancel := test.ctx(path)
+			defer cancel()
+			_, err := crishim.CheckpointContainer(ctx, &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
+			if status.Code(err) != test.want {
+				t.Fatalf("error is %v, want %s", err, test.want)
+			}
+			// The client has its answer from its own end of the call; the service works on for a moment.
+			waitGone(t, filepath.Dir(path), time.Second)
+			unharmed(t, c, path)
+		})
+	}
+	t.Run("timeout of the request", func(t *testing.T) {
+		path := location(t)
+		_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path, Timeout: 1})
+		if status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "the container runs on") {
+			t.Fatalf("error is %v, want DeadlineExceeded and a word on the container", err)
+		}
+		unharmed(t, c, path)
+	})
+	t.Run("and the next one succeeds", func(t *testing.T) {
+		path := location(t)
+		if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Size() < 1<<30 {
+			t.Errorf("archive is %v, %v; want 1 GiB and more", info, err)
+		}
+	})
+}
+
+func waitGone(t *testing.T, dir string, limit time.Duration) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(5 * time.Millisecond) {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+		if len(entries) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("after %s there still is\n%s", limit, listing(t, dir))
+		}
+	}
+}
+
+func TestOneCheckpointOfAContainerAtATime(t *testing.T) {
+	containerd, crishim := serve(t)
+	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
+	waitCount(t, 0, c.Log)
+	path := location(t)
+	first := make(chan error, 1)
+	go func() {
+		_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
+		first <- err
+	}()
+	dumping(t, path)
+	second := filepath.Join(filepath.Dir(path), "checkpoint-second.tar")
+	_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID[:13], Location: second})
+	if status.Code(err) != codes.Aborted {
+		t.Errorf("error of the second is %v, want Aborted", err)
+	}
+	if err := <-first; err != nil {
+		t.Errorf("the first failed: %v", err)
+	}
+	if got, want := listing(t, filepath.Dir(path)), "- checkpoint-test.tar\n"; got != want {
+		t.Errorf("the directory holds\n%s", got)
+	}
+}
+
+func TestErrors(t *testing.T) {
+	containerd, crishim := serve(t)
+	running := run(t, containerd, node.Spec{})
+	waitCount(t, 0, running.Log)
+	exited := run(t, containerd, node.Spec{Name: "exited", Command: []string{"/bin/sh", "-c", "exit 3"}})
+	for state := runtimeapi.ContainerState_CONTAINER_RUNNING; state != runtimeapi.ContainerState_CONTAINER_EXITED; {
+		var err error
+		if state, err = exited.State(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	there := location(t)
+	if err := os.WriteFile(there, []byte("precious"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Dir(there)
+	vacant := filepath.Join(dir, "checkpoint-vacant.tar")
+	open := filepath.Join(dir, "open")
+	if err := os.Mkdir(open, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	before := listing(t, dir)
+	for _, test := range []struct {
+		name    string
+		request *runtimeapi.CheckpointContainerRequest
+		code    codes.Code
+		want    string
+	}{
+		{"no id", &runtimeapi.CheckpointContainerRequest{Location: vacant}, codes.InvalidArgument, "container_id is empty"},
+		{"negative timeout", &runtimeapi.CheckpointContainerRequest{ContainerId: running.ID, Location: vacant, Timeout: -1}, codes.InvalidArgument, "timeout is -1 s"},
+		{"unknown container", &runtimeapi.CheckpointContainerRequest{ContainerId: "0123456789", Location: vacant}, codes.NotFound, `"0123456789"`},
+		{"exited container", &runtimeapi.CheckpointContainerRequest{ContainerId: exited.ID, Location: vacant}, codes.FailedPrecondition, "is exited, with code 3; only a running container can be checkpointed"},
+		{"no location", &runtimeapi.CheckpointContainerRequest{ContainerId: running.ID}, codes.InvalidArgument, "location"},
+		{"relative location", &runtimeapi.CheckpointContainerRequest{ContainerId: running.ID, Location: "a.tar"}, codes.InvalidArgument, "a.tar"},
+		{"no directory", &runtimeapi.CheckpointContainerRequest{ContainerId: running.ID, Location: filepath.Join(dir, "none", "a.tar")}, codes.InvalidArgument, "none"},
+		{"directory open to all", &runtimeapi.CheckpointContainerRequest{ContainerId: running.ID, Location: filepath.Join(open, "a.tar")}, codes.InvalidArgument, "can be written by others than root"},
+		{"location taken", &runtimeapi.CheckpointContainerRequest{ContainerId: running.ID, Location: there}, codes.AlreadyExists, there},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := crishim.CheckpointContainer(t.Context(), test.request)
+			if status.Code(err) != test.code || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error is %v, want %s with %q", err, test.code, test.want)
+			}
+		})
+	}
+	if after := listing(t, dir); after != before {
+		t.Errorf("the directory held\n%s\nnow\n%s", before, after)
+	}
+	if content, err := os.ReadFile(there); err != nil || string(content) != "precious" {
+		t.Errorf("what was there is now %q, %v", content, err)
+	}
+}
+
+// A kubelet's end-to-end test looks for the phrase, and everything but checkpoints goes on without CRIU.
+func TestWithoutCRIU(t *testing.T) {
+	containerd := dialContainerd(t)
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "/nowhere/criu", Log: testLog(t)})
+	_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: "c", Location: location(t)})
+	const phrase = "CRIU binary not found or too old (<31600). Failed to checkpoint container"
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), phrase) || !strings.Contains(err.Error(), "/nowhere/criu") {
+		t.Errorf("error is %v, want FailedPrecondition with %q and the path", err, phrase)
+	}
+}
+
+func TestDrainRollsBackWhatDoesNotFinish(t *testing.T) {
+	containerd := dialContainerd(t)
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "criu", Log: testLog(t)})
+	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "512"}})
+	waitCount(t, 0, c.Log)
+	path := location(t)
+	inFlight := make(chan error, 1)
+	request := &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}
+	go func() {
+		_, err := service.CheckpointContainer(context.Background(), request)
+		inFlight <- err
+	}()
+	dumping(t, path)
+	now, cancel := context.WithCancel(t.Context())
+	cancel()
+	service.Drain(now)
+	if err := <-inFlight; status.Code(err) != codes.Unavailable {
+		t.Errorf("error of the one in flight is %v, want Unavailable", err)
+	}
+	unharmed(t, c, path)
+	if _, err := service.CheckpointContainer(t.Context(), request); status.Code(err) != codes.Unavailable {
+		t.Errorf("error after Drain is %v, want Unavailable", err)
+	}
+}
+
+// Without the lock and --tcp-established such a container cannot be dumped; with them, nothing may be left of the lock.
+func TestAnEstablishedConnection(t *testing.T) {
+	containerd, crishim := serve(t)
+	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "tcp"}})
+	waitCount(t, 5, c.Log)
+	path := location(t)
+	if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
+		t.Fatal(err)
+	}
+	images := members(t, path)
+	if images["checkpoint/tcp-stream-"] == 0 {
+		t.Errorf("no TCP stream in the images: %v", images)
+	}
+	pid, err := c.Pid(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules, err := exec.Command("nsenter", "-n", "-t", strconv.Itoa(pid), "iptables-save").CombinedOutput()
+	if err != nil {
+		t.Fatalf("list rules: %v: %s", err, rules)
+	}
+	if strings.Contains(string(rules), "DROP") || strings.Contains(string(rules), "CRIU") {
+		t.Errorf("the network lock is still there:\n%s", rules)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	unharmed(t, c, path)
+}
+
+// members counts the members of an archive by name, numbers and extension cut off.
+func members(t *testing.T, path string) map[string]int {
+	t.Helper()
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	names := make(map[string]int)
+	for archive := tar.NewReader(file); ; {
+		header, err := archive.Next()
+		if err == io.EOF {
+			return names
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := strings.TrimSuffix(header.Name, ".img")
+		names[strings.TrimRight(name, "0123456789abcdef")]++
+	}
+}

@@ -1,0 +1,116 @@
+// Package e2e tests crishim as its users meet it: the built binary between a real kubelet and a real containerd, on nodes that
+// are driven from the host.
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"crishim/test/node"
+)
+
+// start starts a node with containerd and crishim in front of it, and returns the crishim that it has built.
+func start(t *testing.T, options node.Options, args ...string) (*node.Node, string) {
+	t.Helper()
+	node.RequireRoot(t, testing.Short())
+	binary, err := node.BuildCrishim(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := startNode(t, options)
+	if _, err := n.StartCrishim(t.Context(), binary, append([]string{"--log-level", "debug"}, args...)...); err != nil {
+		t.Fatal(err)
+	}
+	return n, binary
+}
+
+// startNode starts a node with containerd alone.
+func startNode(t *testing.T, options node.Options) *node.Node {
+	t.Helper()
+	n, err := node.Start(t.Context(), options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		n.ShowLogs(t)
+		if err := n.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := n.StartContainerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// startKubelet starts a kubelet in front of a socket of the node, with a pod that counts.
+func startKubelet(t *testing.T, n *node.Node, version, socket string) *node.Kubelet {
+	t.Helper()
+	k, err := n.StartKubelet(t.Context(), node.KubeletOptions{Version: version, RuntimeEndpoint: socket})
+	if err != nil {
+		t.Fatal(err)
+	}
+	runPod(t, k, node.Pod{Name: "counter"})
+	return k
+}
+
+func runPod(t *testing.T, k *node.Kubelet, pod node.Pod) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := k.RunPod(ctx, pod); err != nil {
+		t.Fatal(err)
+	}
+}
+
+var counted = regexp.MustCompile(`count (\d+)\n`)
+
+func counts(output string) []int {
+	var all []int
+	for _, m := range counted.FindAllStringSubmatch(output, -1) {
+		n, _ := strconv.Atoi(m[1])
+		all = append(all, n)
+	}
+	return all
+}
+
+// waitCount waits until the output has a number over n, and returns the last.
+func waitCount(t *testing.T, n int, output func() (string, error)) int {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		text, err := output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if all := counts(text); len(all) > 0 && all[len(all)-1] > n {
+			return all[len(all)-1]
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no count over %d for 20 s; output ends in %q", n, text[max(0, len(text)-200):])
+		}
+	}
+}
+
+func podLog(t *testing.T, k *node.Kubelet, name string) func() (string, error) {
+	return func() (string, error) { return k.ContainerLog(t.Context(), k.PodName(name), name) }
+}
+
+// listing is the content of a directory of the node, an entry a line.
+func listing(t *testing.T, n *node.Node, dir string) string {
+	t.Helper()
+	entries, err := os.ReadDir(n.Path(dir))
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for _, entry := range entries {
+		fmt.Fprintln(&b, entry.Name())
+	}
+	return b.String()
+}

@@ -1,0 +1,216 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"crishim/test/node"
+	"crishim/test/restore"
+)
+
+const checkpoints = "/var/lib/kubelet/checkpoints"
+
+func TestCheckpointThroughAKubelet(t *testing.T) {
+	n, _ := start(t, node.Options{})
+	k := startKubelet(t, n, "1.34", node.CrishimSocket)
+	pod := k.PodName("counter")
+	before := waitCount(t, 5, podLog(t, k, "counter"))
+
+	paths, err := k.Checkpoint(t.Context(), pod, "counter", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(paths) != 1 {
+		t.Fatalf("the kubelet answers with paths %q, want one", paths)
+	}
+	path := paths[0]
+	if prefix := checkpoints + "/checkpoint-" + pod + "_default-counter-"; !strings.HasPrefix(path, prefix) || !strings.HasSuffix(path, ".tar") {
+		t.Errorf("path is %s, want %s….tar", path, prefix)
+	}
+	info, err := os.Stat(n.Path(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stat := info.Sys().(*syscall.Stat_t); info.Mode() != 0o600 || stat.Uid != 0 || stat.Gid != 0 {
+		t.Errorf("archive is %v of %d:%d, want -rw------- of 0:0", info.Mode(), stat.Uid, stat.Gid)
+	}
+	if got, want := listing(t, n, checkpoints), filepath.Base(path)+"\n"; got != want {
+		t.Errorf("the directory holds\n%swant\n%s", got, want)
+	}
+	after := waitCount(t, before+5, podLog(t, k, "counter"))
+
+	t.Run("checkpointctl", func(t *testing.T) { readByCheckpointctl(t, n, path, pod) })
+	t.Run("tar", func(t *testing.T) {
+		out, err := n.Output(t.Context(), "tar", "tvf", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{" spec.dump\n", " config.dump\n", " checkpoint/inventory.img\n"} {
+			if !strings.Contains(out, name) {
+				t.Errorf("tar tvf does not list%s", name)
+			}
+		}
+	})
+	t.Run("restore on another node", func(t *testing.T) {
+		second := startNode(t, node.Options{Hostname: "second"})
+		archive, err := os.Open(n.Path(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer archive.Close()
+		machine := restore.Machine{Command: second.Command, Path: second.Path}
+		restored, err := restore.Archive(t.Context(), machine, archive, node.WorkloadImage)
+		if err != nil {
+			t.Fatal(err)
+		}
+		waitCount(t, after, restored.Output)
+		output, err := restored.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := counts(output)
+		if all[0] < before || all[0] > after {
+			t.Errorf("went on at %d; it was checkpointed between %d and %d", all[0], before, after)
+		}
+		for i := 1; i < len(all); i++ {
+			if all[i] != all[i-1]+1 {
+				t.Errorf("went on from %d to %d", all[i-1], all[i])
+			}
+		}
+		if err := restored.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+	// The original has gone on all along, and counted no number twice.
+	waitCount(t, after+5, podLog(t, k, "counter"))
+	log, err := podLog(t, k, "counter")()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range counts(log) {
+		if n != i+1 {
+			t.Fatalf("the original's number %d is %d", i+1, n)
+		}
+	}
+}
+
+func readByCheckpointctl(t *testing.T, n *node.Node, path, pod string) {
+	checkpointctl, err := node.Tool(t.Context(), "checkpointctl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const target = "/run/checkpointctl"
+	if err := os.WriteFile(n.Path(target), nil, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Bind(checkpointctl, target); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		args, want []string
+	}{
+		{[]string{"show", path}, []string{"counter", node.WorkloadImage, "runc", "containerd"}},
+		{[]string{"inspect", "--all", path}, []string{"counter", "workload", "CRIU dump statistics", "Process tree", pod}},
+		{[]string{"list", checkpoints}, []string{pod, "default", "counter"}},
+	} {
+		out, err := n.Output(t.Context(), target, test.args...)
+		if err != nil {
+			t.Errorf("checkpointctl %s: %v", test.args[0], err)
+			continue
+		}
+		for _, want := range test.want {
+			if !strings.Contains(out, want) {
+				t.Errorf("checkpointctl %s does not say %q:\n%s", test.args[0], want, out)
+			}
+		}
+	}
+}
+
+func TestWhatTheKubeletRefuses(t *testing.T) {
+	n, _ := start(t, node.Options{})
+	k := startKubelet(t, n, "1.34", node.CrishimSocket)
+	runPod(t, k, node.Pod{Name: "ends", Command: []string{"/bin/sh", "-c", "sleep 1"}, Spec: map[string]any{"restartPolicy": "Never"}})
+	pod := k.PodName("counter")
+	// The kubelet sees by itself when the container has ended; what it says then is crishim's.
+	var ended error
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		_, ended = k.Checkpoint(t.Context(), k.PodName("ends"), "ends", 0)
+		if ended != nil {
+			break
+		}
+	}
+	_, noPod := k.Checkpoint(t.Context(), "nobody", "counter", 0)
+	_, noContainer := k.Checkpoint(t.Context(), pod, "nobody", 0)
+	for _, test := range []struct {
+		name string
+		err  error
+		code int
+		want string
+	}{
+		{"unknown pod", noPod, http.StatusNotFound, ""},
+		{"unknown container", noContainer, http.StatusNotFound, ""},
+		{"not running", ended, http.StatusInternalServerError, "not running"},
+	} {
+		var refusal *node.HTTPError
+		if !errors.As(test.err, &refusal) || refusal.Code != test.code || !strings.Contains(refusal.Body, test.want) {
+			t.Errorf("%s: got %v, want %d with %q", test.name, test.err, test.code, test.want)
+		}
+	}
+}
+
+func TestWithoutCrishimTheKubeletHasNone(t *testing.T) {
+	node.RequireRoot(t, testing.Short())
+	n := startNode(t, node.Options{})
+	k := startKubelet(t, n, "1.34", node.ContainerdSocket)
+	_, err := k.Checkpoint(t.Context(), k.PodName("counter"), "counter", 0)
+	var refusal *node.HTTPError
+	if !errors.As(err, &refusal) || refusal.Code != http.StatusInternalServerError || !strings.Contains(refusal.Body, "not implemented") {
+		t.Errorf("got %v, want 500 and \"not implemented\": then crishim has nothing to add", err)
+	}
+}
+
+func TestAKubeletWorksAsWithoutCrishim(t *testing.T) {
+	for _, version := range []string{"1.34", "1.37"} {
+		t.Run(version, func(t *testing.T) {
+			n, _ := start(t, node.Options{})
+			k := startKubelet(t, n, version, node.CrishimSocket)
+			pod := k.PodName("counter")
+			waitCount(t, 5, podLog(t, k, "counter"))
+			out, err := k.Exec(t.Context(), pod, "counter", "echo hello")
+			if err != nil || !strings.Contains(out, "hello") {
+				t.Errorf("exec: %q, %v", out, err)
+			}
+			stats, err := k.Stats(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			var summary struct {
+				Pods []struct{ PodRef struct{ Name string } }
+			}
+			if err := json.Unmarshal(stats, &summary); err != nil {
+				t.Fatal(err)
+			}
+			if !slices.ContainsFunc(summary.Pods, func(p struct{ PodRef struct{ Name string } }) bool { return p.PodRef.Name == pod }) {
+				t.Errorf("the summary lacks %s: %s", pod, stats)
+			}
+			paths, err := k.Checkpoint(t.Context(), pod, "counter", 0)
+			if err != nil || len(paths) != 1 {
+				t.Errorf("checkpoint: %q, %v", paths, err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if err := k.RemovePod(ctx, "counter"); err != nil {
+				t.Errorf("remove pod: %v", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,57 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// CrishimSocket is where StartCrishim has crishim listen, in the node.
+const CrishimSocket = "/run/crishim/crishim.sock"
+
+// BuildCrishim builds the binary of the source tree that the working directory is in, as the Makefile does, into dir.
+func BuildCrishim(ctx context.Context, dir string) (path string, err error) {
+	path = filepath.Join(dir, "crishim")
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", path, "crishim/cmd/crishim")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build crishim: %w: %s", err, out)
+	}
+	return path, nil
+}
+
+// StartCrishim starts a binary of the host's as crishim in front of containerd, and waits until it relays. After its end, it
+// can be started again.
+func (n *Node) StartCrishim(ctx context.Context, binary string, args ...string) (*Daemon, error) {
+	const target = "/run/bin-crishim"
+	if _, err := os.Lstat(n.Path(target)); os.IsNotExist(err) {
+		if err := os.WriteFile(n.Path(target), nil, 0o700); err != nil {
+			return nil, fmt.Errorf("start crishim: %w", err)
+		}
+		if err := n.Bind(binary, target); err != nil {
+			return nil, fmt.Errorf("start crishim: %w", err)
+		}
+	}
+	daemon, err := n.StartDaemon("crishim", target, append([]string{"serve",
+		"--listen", "unix://" + CrishimSocket, "--runtime-endpoint", "unix://" + ContainerdSocket}, args...)...)
+	if err != nil {
+		return nil, err
+	}
+	client, err := n.DialCRI(CrishimSocket)
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	err = n.wait(ctx, daemon, func(ctx context.Context) error {
+		_, err := client.Runtime.Version(ctx, &cri.VersionRequest{})
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start crishim: %w", err)
+	}
+	return daemon, nil
+}
