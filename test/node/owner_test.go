@@ -48,12 +48,13 @@ func TestSweepAfterKill(t *testing.T) {
 	// Its pipe may be open in what it started.
 	stdout.Close()
 	_ = cmd.Wait()
+	sweepErr := node.Sweep(t.Context())
 	if !found {
 		t.Fatalf("the owner has not started a node: %q, %v", line, err)
 	}
 	nodes.names = append(nodes.names, name)
-	if err := node.Sweep(t.Context()); err != nil {
-		t.Error(err)
+	if sweepErr != nil {
+		t.Error(sweepErr)
 	}
 	nodes.assertGone(t)
 }
