@@ -44,7 +44,8 @@ test-e2e: bin/testnode
 
 .PHONY: demo
 demo: build ## show the main job on a real node; as root, installs what it needs
-	$(GO) run ./test/cmd/demo
+	$(GO) build -o bin/demo ./test/cmd/demo
+	bin/demo bin/crishim
 
 .PHONY: lint
 lint: ## formatting, vet, staticcheck, and what this project bans

@@ -134,7 +134,7 @@ func (c *capture) run(ctx context.Context) error {
 }
 
 func (c *capture) rootfs(ctx context.Context) error {
-	deleted := []string{}
+	var deleted []string
 	if path := c.container.GetUpperDir(); path != "" {
 		upper, err := os.OpenFile(path, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 		if err != nil {
@@ -149,7 +149,7 @@ func (c *capture) rootfs(ctx context.Context) error {
 			return err
 		}
 	}
-	return c.staging.WriteJSON(archive.DeletedFiles, deleted)
+	return c.staging.WriteJSON(archive.DeletedFiles, append([]string{}, deleted...)) // never null
 }
 
 func (c *capture) shm(ctx context.Context) error {

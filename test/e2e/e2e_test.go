@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -99,6 +100,18 @@ func waitCount(t *testing.T, n int, output func() (string, error)) int {
 
 func podLog(t *testing.T, k *node.Kubelet, name string) func() (string, error) {
 	return func() (string, error) { return k.ContainerLog(t.Context(), k.PodName(name), name) }
+}
+
+// logFile reads what a pod has written from the node's disk, also while crishim is dead and the kubelet cannot tell.
+func logFile(n *node.Node, pod, name string) func() (string, error) {
+	return func() (string, error) {
+		files, err := filepath.Glob(n.Path("/var/log/pods/default_" + pod + "_*/" + name + "/0.log"))
+		if err != nil || len(files) != 1 {
+			return "", fmt.Errorf("log of %s: found %q, %w", pod, files, err)
+		}
+		content, err := os.ReadFile(files[0])
+		return string(content), err
+	}
 }
 
 // listing is the content of a directory of the node, an entry a line.

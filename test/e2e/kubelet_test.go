@@ -140,9 +140,11 @@ func TestWhatTheKubeletRefuses(t *testing.T) {
 	k := startKubelet(t, n, "1.34", node.CrishimSocket)
 	runPod(t, k, node.Pod{Name: "ends", Command: []string{"/bin/sh", "-c", "sleep 1"}, Spec: map[string]any{"restartPolicy": "Never"}})
 	pod := k.PodName("counter")
-	// The kubelet sees by itself when the container has ended; what it says then is crishim's.
+	// The kubelet asks the runtime which containers run before it asks for a checkpoint, so this answer is its own unless
+	// the container ends in between.
 	var ended error
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	// The kubelet's names for archives have the granularity of a second.
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(1100 * time.Millisecond) {
 		_, ended = k.Checkpoint(t.Context(), k.PodName("ends"), "ends", 0)
 		if ended != nil {
 			break
@@ -158,7 +160,7 @@ func TestWhatTheKubeletRefuses(t *testing.T) {
 	}{
 		{"unknown pod", noPod, http.StatusNotFound, ""},
 		{"unknown container", noContainer, http.StatusNotFound, ""},
-		{"not running", ended, http.StatusInternalServerError, "not running"},
+		{"not running", ended, http.StatusInternalServerError, "container ends not found"},
 	} {
 		var refusal *node.HTTPError
 		if !errors.As(test.err, &refusal) || refusal.Code != test.code || !strings.Contains(refusal.Body, test.want) {
