@@ -15,9 +15,10 @@ import (
 	"runtime"
 )
 
-// Sources holds a directory of Go files for each program.
+// Sources holds a directory of Go files for each program, and this file: together with what is given to Write, that is
+// what an image depends on.
 //
-//go:embed pause/*.go workload/*.go
+//go:embed images.go pause/*.go workload/*.go
 var Sources embed.FS
 
 // File is what an image's only layer holds: a regular file, a symbolic link, or a directory, as its mode says.

@@ -78,6 +78,13 @@ func (r *registry) close() error {
 	return err
 }
 
+// image is what images.Write makes an image of.
+type image struct {
+	Name   string
+	Config images.Config
+	Files  []images.File
+}
+
 // images returns the layout with the images of the tests.
 func (c cache) images(ctx context.Context) (string, error) {
 	root, err := c.root(ctx)
@@ -85,7 +92,6 @@ func (c cache) images(ctx context.Context) (string, error) {
 		return "", err
 	}
 	programs := map[string]string{}
-	recipe := root
 	for _, name := range []string{"pause", "workload"} {
 		sources, err := readSources(name)
 		if err != nil {
@@ -94,33 +100,52 @@ func (c cache) images(ctx context.Context) (string, error) {
 		if programs[name], err = c.program(ctx, name, sources); err != nil {
 			return "", err
 		}
-		recipe += "\n" + programs[name]
 	}
-	return c.entry(ctx, "images", recipe, func(temporary string) error {
-		err := images.Write(temporary, "pause", images.Config{Entrypoint: []string{"/pause"}}, []images.File{
-			{Name: "pause", Mode: 0o755, Source: programs["pause"]},
-		})
-		if err != nil {
-			return err
+	all := []image{
+		{
+			Name:   "pause",
+			Config: images.Config{Entrypoint: []string{"/pause"}},
+			Files:  []images.File{{Name: "pause", Mode: 0o755, Source: programs["pause"]}},
+		},
+		workload(programs["workload"], filepath.Join(root, "bin/busybox")),
+	}
+	writer, err := images.Sources.ReadFile("images.go")
+	if err != nil {
+		return "", fmt.Errorf("read sources: %w", err)
+	}
+	return c.entry(ctx, "images", fmt.Sprintf("%+v\n%s", all, writer), func(temporary string) error {
+		for _, image := range all {
+			if err := images.Write(temporary, image.Name, image.Config, image.Files); err != nil {
+				return err
+			}
 		}
-		files := []images.File{
-			{Name: "bin", Mode: fs.ModeDir | 0o755},
-			{Name: "etc", Mode: fs.ModeDir | 0o755},
-			{Name: "root", Mode: fs.ModeDir | 0o700},
-			{Name: "tmp", Mode: fs.ModeDir | fs.ModeSticky | 0o777},
-			{Name: "var", Mode: fs.ModeDir | 0o755},
-			{Name: "bin/busybox", Mode: 0o755, Source: filepath.Join(root, "bin/busybox")},
-			{Name: "bin/workload", Mode: 0o755, Source: programs["workload"]},
-		}
-		for applet := range strings.FieldsSeq("sh cat ls echo sleep touch rm mkdir ps kill ln mv cp dd nc wget id env true sync stat df mount") {
-			files = append(files, images.File{Name: "bin/" + applet, Mode: fs.ModeSymlink | 0o777, Source: "busybox"})
-		}
-		return images.Write(temporary, "workload", images.Config{
+		return nil
+	})
+}
+
+func workload(program, busybox string) image {
+	files := []images.File{
+		{Name: "bin", Mode: fs.ModeDir | 0o755},
+		{Name: "etc", Mode: fs.ModeDir | 0o755},
+		{Name: "root", Mode: fs.ModeDir | 0o700},
+		{Name: "tmp", Mode: fs.ModeDir | fs.ModeSticky | 0o777},
+		{Name: "var", Mode: fs.ModeDir | 0o755},
+		{Name: "bin/busybox", Mode: 0o755, Source: busybox},
+		{Name: "bin/workload", Mode: 0o755, Source: program},
+	}
+	const applets = "cat chmod cp dd df echo env id kill ln ls mkdir mkfifo mount mv nc ps rm sh sleep stat sync touch true wget"
+	for applet := range strings.FieldsSeq(applets) {
+		files = append(files, images.File{Name: "bin/" + applet, Mode: fs.ModeSymlink | 0o777, Source: "busybox"})
+	}
+	return image{
+		Name: "workload",
+		Config: images.Config{
 			Cmd: []string{"/bin/workload", "count"},
 			// CRIU cannot dump a listening socket of MPTCP, which Go prefers.
 			Env: []string{"PATH=/bin", "GODEBUG=multipathtcp=0"},
-		}, files)
-	})
+		},
+		Files: files,
+	}
 }
 
 func readSources(program string) (map[string][]byte, error) {
