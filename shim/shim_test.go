@@ -1,0 +1,198 @@
+package shim
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+func TestMain(m *testing.M) {
+	if os.Getenv("CRISHIM_TEST_SERVE") != "" {
+		os.Exit(serveHandedOver())
+	}
+	os.Exit(m.Run())
+}
+
+func TestSocketPath(t *testing.T) {
+	long := "/" + strings.Repeat("x", 107)
+	for _, test := range []struct{ endpoint, want, err string }{
+		{"unix:///run/a.sock", "/run/a.sock", ""},
+		{"/run/a.sock", "/run/a.sock", ""},
+		{"unix://run/a.sock", "", "an absolute path is needed"},
+		{"a.sock", "", "an absolute path is needed"},
+		{"", "", "an absolute path is needed"},
+		{"tcp://127.0.0.1:1", "", "only unix sockets"},
+		{"npipe:////./pipe/x", "", "only unix sockets"},
+		{long[:107], long[:107], ""},
+		{long, "", "longer than the 107 bytes"},
+	} {
+		got, err := socketPath(test.endpoint)
+		if got != test.want || (err == nil) != (test.err == "") || (err != nil && !strings.Contains(err.Error(), test.err)) {
+			t.Errorf("socketPath(%q) = %q, %v; want %q, %q", test.endpoint, got, err, test.want, test.err)
+		}
+	}
+}
+
+func TestListen(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "run", "crishim.sock")
+	l, err := listen(t.Context(), "unix://"+path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]os.FileMode{path: os.ModeSocket | 0o600, filepath.Dir(path): os.ModeDir | 0o700} {
+		if info, err := os.Stat(name); err != nil || info.Mode() != want {
+			t.Errorf("%s is %v, %v; want %v", name, info.Mode(), err, want)
+		}
+	}
+	if _, err := listen(t.Context(), path); err == nil || !strings.Contains(err.Error(), "another process listens there") {
+		t.Errorf("listening twice: %v", err)
+	}
+
+	// What a crishim that was killed leaves.
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.Close()
+	l, err = listen(t.Context(), path)
+	if err != nil {
+		t.Fatalf("listen over a stale socket: %v", err)
+	}
+	l.Close()
+
+	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := listen(t.Context(), path); err == nil || !strings.Contains(err.Error(), "not a socket") {
+		t.Errorf("listening over a file: %v", err)
+	}
+	if content, _ := os.ReadFile(path); string(content) != "precious" {
+		t.Errorf("the file is now %q", content)
+	}
+}
+
+// version asks for the version at a socket.
+func version(t *testing.T, path string) error {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	_, err = runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{})
+	return err
+}
+
+func TestRunWithoutRuntimeAndCRIU(t *testing.T) {
+	requireRoot(t)
+	defer goleak.VerifyNone(t)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "crishim.sock")
+	log := logrus.New()
+	log.SetOutput(t.Output())
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- Run(ctx, Config{Listen: path, RuntimeEndpoint: filepath.Join(dir, "absent.sock"), Criu: filepath.Join(dir, "criu"), Log: log})
+	}()
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(path); err == nil {
+			break
+		}
+	}
+	if err := version(t, path); status.Code(err) != codes.Unavailable {
+		t.Errorf("Version without a runtime gives %v, want Unavailable", err)
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("ended by itself: %v", err)
+	default:
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("Run gives %v after its end was asked for", err)
+	}
+	if _, err := os.Lstat(path); !os.IsNotExist(err) {
+		t.Errorf("the socket is still there: %v", err)
+	}
+}
+
+func TestRunRefusesNonsense(t *testing.T) {
+	for _, config := range []Config{
+		{Listen: "/tmp/x.sock", RuntimeEndpoint: "tcp://127.0.0.1:1"},
+		{Listen: "relative", RuntimeEndpoint: "/run/x.sock"},
+	} {
+		if err := Run(t.Context(), config); err == nil {
+			t.Errorf("Run(%+v) gives no error", config)
+		}
+	}
+}
+
+// A socket from systemd outlives the daemon, and is taken whatever --listen says.
+func TestSocketHandedOver(t *testing.T) {
+	requireRoot(t)
+	path := filepath.Join(t.TempDir(), "handed.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	file, err := l.(*net.UnixListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	// As systemd does it: the descriptors from 3 on, and the pid that they are meant for.
+	cmd := exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0"`, os.Args[0])
+	cmd.Env = append(os.Environ(), "CRISHIM_TEST_SERVE=1", "LISTEN_FDS=1")
+	cmd.ExtraFiles = []*os.File{file}
+	cmd.Stderr = t.Output()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := version(t, path); status.Code(err) != codes.Unavailable {
+		t.Errorf("Version gives %v, want Unavailable: nothing but crishim answers so", err)
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("serve: %v", err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the socket is gone with the daemon: %v", err)
+	}
+}
+
+// serveHandedOver is the daemon that TestSocketHandedOver starts.
+func serveHandedOver() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	log := logrus.New()
+	if err := Run(ctx, Config{Listen: "/nowhere/at/all", RuntimeEndpoint: "/nowhere/runtime.sock", Criu: "/nowhere/criu", Log: log}); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func requireRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: peers other than root are refused")
+	}
+}
