@@ -12,8 +12,8 @@ import (
 
 func TestParseVersion(t *testing.T) {
 	for out, want := range map[string]int{
-		"Version: 4.2.1\n":                           40201,
-		"Version: 3.16\n":                            31600,
+		"Version: 4.2.1\n": 40201,
+		"Version: 3.16\n":  31600,
 		"Version: 3.17.1\nGitID: v3.17-12-gabcdef\n": 31701,
 		"noise before\nVersion: 4.0":                 40000,
 	} {

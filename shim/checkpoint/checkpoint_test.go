@@ -128,8 +128,8 @@ func waitCount(t *testing.T, n int, output func() (string, error)) int {
 
 func location(t *testing.T) string {
 	t.Helper()
-	// On the node's disk, not in its tmpfs.
-	dir := filepath.Join("/var/lib", "checkpoints-"+strings.ReplaceAll(t.Name(), "/", "-"))
+	// On the node's disk, not on its overlay or in a tmpfs.
+	dir := filepath.Join("/data", "checkpoints-"+strings.ReplaceAll(t.Name(), "/", "-"))
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@
 //
 //	workload count         increments a number in memory every 100 ms
 //	workload memory SIZE   does the same beside SIZE MiB of incompressible memory, and keeps verifying them
+//	workload tcp           does the same and sends each step over a TCP connection with itself
 //
 // The number is written to standard output, as lines "count N", and then into the file /var/count: memory, log and
 // writable layer of one moment agree within one step.
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"hash/crc64"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/signal"
 	"strconv"
@@ -46,8 +48,14 @@ func run(args []string) error {
 			return err
 		}
 		return count(verify)
+	case len(args) == 1 && args[0] == "tcp":
+		echo, err := connect()
+		if err != nil {
+			return err
+		}
+		return count(echo)
 	}
-	return fmt.Errorf("usage: workload count | memory SIZE")
+	return fmt.Errorf("usage: workload count | memory SIZE | tcp")
 }
 
 // count runs until SIGTERM, and calls check once a step.
@@ -106,6 +114,38 @@ func fill(size int) (verify func() error, err error) {
 				return fmt.Errorf("block %d of memory has changed", next)
 			}
 			next = (next + 1) % size
+		}
+		return nil
+	}, nil
+}
+
+// connect opens a TCP connection from this process to itself, and returns a function that sends a byte over it and expects it
+// at the other end.
+func connect() (echo func() error, err error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	client, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		return nil, err
+	}
+	server, err := listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	var sent byte
+	return func() error {
+		sent++
+		if _, err := client.Write([]byte{sent}); err != nil {
+			return err
+		}
+		var received [1]byte
+		if _, err := server.Read(received[:]); err != nil {
+			return err
+		}
+		if received[0] != sent {
+			return fmt.Errorf("sent %d, received %d", sent, received[0])
 		}
 		return nil
 	}, nil
