@@ -257,9 +257,11 @@ func TestRuntimeAway(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	for l := range relay.connections() {
+		l.mu.Lock()
 		if first[l] && l.attached {
 			t.Error("the connection without runtime was attached to one")
 		}
+		l.mu.Unlock()
 	}
 }
 
