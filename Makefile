@@ -30,11 +30,14 @@ unit: ## the quick tests: no root, no node
 .PHONY: test
 test: lint build test-node test-e2e ## all tests; as root, installs what it needs
 
-# The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU.
+# The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; and what knows of cgroups once more
+# where there is cgroup v2 alone.
 .PHONY: test-node
 test-node: bin/testnode
 	bin/testnode build
-	timeout 20m $(GO) test -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
+	timeout 15m $(GO) test -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
+	timeout 10m $(GO) test -race -v -exec '$(CURDIR)/bin/testnode run --cgroup-v2 --' \
+		./criu ./shim/container ./shim/checkpoint | test/no-skips.sh
 
 # Whole nodes with a kubelet, driven from the host.
 .PHONY: test-e2e

@@ -44,7 +44,7 @@ func dialCRI(socket string, path func(string) string) (*Client, error) {
 		// A socket of a daemon that starts is there in a moment; grpc would wait for a second.
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{
 			BaseDelay: 10 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond,
-		}}),
+		}, MinConnectTimeout: 5 * time.Second}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", socket, err)

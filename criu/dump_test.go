@@ -1,0 +1,259 @@
+package criu_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"crishim/criu"
+	"crishim/shim/container"
+	"crishim/test/node"
+)
+
+func TestMain(m *testing.M) {
+	// Run wants a process that is made for it.
+	if len(os.Args) == 2 && os.Args[1] == "dump" {
+		os.Exit(dumpMain())
+	}
+	os.Exit(m.Run())
+}
+
+// order is what a test tells the process that dumps.
+type order struct {
+	Container    criu.Container
+	Dir          string
+	PostDumpFail string        // fail in PostDump with this
+	Timeout      time.Duration // end the context after this
+	Cancelled    bool          // end it before the start
+}
+
+// report is what the process says.
+type report struct {
+	Stats     criu.Stats
+	Error     string
+	PostDumps int
+	Stopped   string // state of the init process in PostDump
+}
+
+func dumpMain() int {
+	var o order
+	if err := json.NewDecoder(os.Stdin).Decode(&o); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	r, err := dump(o)
+	if err != nil {
+		r.Error = err.Error()
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(r); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func dump(o order) (r report, err error) {
+	features, err := criu.Probe(context.Background(), "criu")
+	if err != nil {
+		return r, err
+	}
+	work, err := os.Open(o.Dir)
+	if err != nil {
+		return r, err
+	}
+	defer work.Close()
+	images, err := os.Open(filepath.Join(o.Dir, "images"))
+	if err != nil {
+		return r, err
+	}
+	defer images.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	if o.Timeout > 0 {
+		ctx, cancel = context.WithTimeout(ctx, o.Timeout)
+	}
+	defer cancel()
+	if o.Cancelled {
+		cancel()
+	}
+	r.Stats, err = criu.Dump{Criu: features.Path, Container: o.Container, Images: images, Work: work, PostDump: func() error {
+		r.PostDumps++
+		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.Container.Pid))
+		_, after, _ := strings.Cut(string(status), "State:")
+		r.Stopped = strings.TrimSpace(after[:strings.IndexByte(after, '\n')])
+		if o.PostDumpFail != "" {
+			return errors.New(o.PostDumpFail)
+		}
+		return nil
+	}}.Run(ctx)
+	return r, err
+}
+
+// run starts a workload and returns it with its description.
+func run(t *testing.T, handler string, command ...string) (*node.Container, criu.Container) {
+	t.Helper()
+	node.Require(t)
+	client, err := node.DialLocalCRI(node.ContainerdSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	running, err := client.RunContainer(t.Context(), node.Spec{Handler: handler, Command: command})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := running.Remove(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	waitForMore(t, running)
+	c, err := container.Describe(t.Context(), client.Runtime, running.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	description := criu.Container{
+		Pid: c.Process.Pid, Runtime: criu.Runtime(c.Runtime), Rootfs: c.Rootfs, Freezer: c.Freezer,
+		ExternalMounts: c.ExternalMounts, MaskedFiles: c.MaskedFiles, Descriptors: c.Descriptors,
+	}
+	for _, ns := range c.SharedNamespaces {
+		description.SharedNamespaces = append(description.SharedNamespaces, criu.Namespace(ns))
+	}
+	return running, description
+}
+
+// waitForMore waits until the container has written more than it had.
+func waitForMore(t *testing.T, c *node.Container) {
+	t.Helper()
+	before, err := c.Log()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		now, err := c.Log()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(now) > len(before) && strings.Contains(now, "count") {
+			return
+		}
+	}
+	t.Fatal("the container has written nothing for 20 s")
+}
+
+func newDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/data", "dump-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Mkdir(filepath.Join(dir, "images"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func carryOut(t *testing.T, o order) report {
+	t.Helper()
+	input, err := json.Marshal(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0], "dump")
+	cmd.Stdin, cmd.Stderr = strings.NewReader(string(input)), t.Output()
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r report
+	if err := json.Unmarshal(out, &r); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func TestDump(t *testing.T) {
+	for _, handler := range []string{"runc", "crun"} {
+		t.Run(handler, func(t *testing.T) {
+			running, description := run(t, handler)
+			dir := newDir(t)
+			r := carryOut(t, order{Container: description, Dir: dir})
+			if r.Error != "" {
+				t.Fatal(r.Error)
+			}
+			if r.PostDumps != 1 {
+				t.Errorf("PostDump was called %d times", r.PostDumps)
+			}
+			if state := r.Stopped; !strings.HasPrefix(state, "t") && !strings.HasPrefix(state, "D") {
+				t.Errorf("in PostDump the process was %s, want stopped or frozen", state)
+			}
+			if r.Stats.Frozen <= 0 || r.Stats.PagesWritten == 0 {
+				t.Errorf("statistics are %+v", r.Stats)
+			}
+			for _, file := range []string{"images/inventory.img", "images/descriptors.json", "dump.log", "stats-dump"} {
+				if info, err := os.Stat(filepath.Join(dir, file)); err != nil || info.Size() == 0 {
+					t.Errorf("%s: %v, %v", file, info, err)
+				}
+			}
+			waitForMore(t, running)
+		})
+	}
+}
+
+func TestAnErrorInPostDumpRollsBack(t *testing.T) {
+	running, description := run(t, "runc")
+	r := carryOut(t, order{Container: description, Dir: newDir(t), PostDumpFail: "no room"})
+	if r.Error != "no room" || r.PostDumps != 1 {
+		t.Errorf("error is %q after %d calls, want PostDump's own after one", r.Error, r.PostDumps)
+	}
+	waitForMore(t, running)
+}
+
+func TestTheEndOfTheContextRollsBack(t *testing.T) {
+	running, description := run(t, "runc", "/bin/workload", "memory", "512")
+	for _, timeout := range []time.Duration{20, 60, 100, 150, 200, 300, 400} {
+		r := carryOut(t, order{Container: description, Dir: newDir(t), Timeout: timeout * time.Millisecond})
+		if r.Error != "" && r.Error != context.DeadlineExceeded.Error() {
+			t.Errorf("after %d ms: error is %q, want none or that of the deadline", timeout, r.Error)
+		}
+		waitForMore(t, running)
+	}
+	r := carryOut(t, order{Container: description, Dir: newDir(t), Cancelled: true})
+	if r.Error != context.Canceled.Error() || r.PostDumps != 0 {
+		t.Errorf("cancelled before the start: error is %q", r.Error)
+	}
+}
+
+// The namespace of a mount that nobody has told CRIU of.
+func TestAFailedDumpSaysWhy(t *testing.T) {
+	running, description := run(t, "runc")
+	description.ExternalMounts = nil
+	r := carryOut(t, order{Container: description, Dir: newDir(t)})
+	if !strings.Contains(r.Error, "doesn't have a proper root mount") || !strings.Contains(r.Error, "unmount it first") {
+		t.Errorf("error is %q", r.Error)
+	}
+	waitForMore(t, running)
+}
+
+func TestProbe(t *testing.T) {
+	node.Require(t)
+	features, err := criu.Probe(t.Context(), "criu")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if features.Version < criu.MinVersion || !filepath.IsAbs(features.Path) {
+		t.Errorf("found %+v", features)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := criu.Probe(ended, "criu"); !errors.Is(err, context.Canceled) {
+		t.Errorf("with a context that has ended: %v", err)
+	}
+}

@@ -1,0 +1,185 @@
+package container_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/shim/container"
+	"crishim/test/node"
+)
+
+func containerd(t *testing.T) *node.Client {
+	t.Helper()
+	node.Require(t)
+	client, err := node.DialLocalCRI(node.ContainerdSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+func run(t *testing.T, client *node.Client, spec node.Spec) *node.Container {
+	t.Helper()
+	c, err := client.RunContainer(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Remove(context.Background()); err != nil {
+			t.Errorf("remove container: %v", err)
+		}
+	})
+	return c
+}
+
+// masked are paths to be masked: files, directories, and what no kernel has.
+var masked = []string{"/proc/kcore", "/proc/acpi", "/proc/keys", "/proc/sys/kernel", "/proc/does-not-exist"}
+
+// filesAmong returns those of the paths that are files with this kernel.
+func filesAmong(paths []string) (files []string) {
+	for _, path := range paths {
+		if info, err := os.Stat(path); err == nil && !info.IsDir() {
+			files = append(files, path)
+		}
+	}
+	return files
+}
+
+// kubeletLike is a container as a kubelet asks for it.
+func kubeletLike(t *testing.T, handler string) node.Spec {
+	t.Helper()
+	volume := filepath.Join("/data", t.Name())
+	if err := os.MkdirAll(volume, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(volume) })
+	return node.Spec{
+		Handler: handler,
+		Mounts:  []*cri.Mount{{ContainerPath: "/volume", HostPath: volume}},
+		Container: func(c *cri.ContainerConfig) {
+			c.Annotations = map[string]string{"example.org/a": "b"}
+			c.Linux.SecurityContext.MaskedPaths = masked
+			c.Linux.SecurityContext.ReadonlyPaths = []string{"/proc/sys"}
+		},
+	}
+}
+
+func TestDescribe(t *testing.T) {
+	for _, handler := range []string{"runc", "crun"} {
+		t.Run(handler, func(t *testing.T) {
+			client := containerd(t)
+			running := run(t, client, kubeletLike(t, handler))
+			pid, err := running.Pid(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := container.Describe(t.Context(), client.Runtime, running.ID[:12])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.Status.GetId() != running.ID {
+				t.Errorf("id is %s, want %s", c.Status.GetId(), running.ID)
+			}
+			if c.Process.Pid != pid || c.Process.Verify() != nil {
+				t.Errorf("process is %+v, want %d", c.Process, pid)
+			}
+			if c.Runtime != handler {
+				t.Errorf("runtime is %s, want %s", c.Runtime, handler)
+			}
+			if c.Status.GetLogPath() != running.LogPath {
+				t.Errorf("log is %s, want %s", c.Status.GetLogPath(), running.LogPath)
+			}
+			if c.Status.GetAnnotations()["example.org/a"] != "b" {
+				t.Errorf("annotations are %v", c.Status.GetAnnotations())
+			}
+			if want := filesAmong(masked); !slices.Equal(c.MaskedFiles, want) {
+				t.Errorf("masked files are %q, want %q", c.MaskedFiles, want)
+			}
+			if !c.Shm {
+				t.Error("/dev/shm is not the pod's")
+			}
+			for _, mount := range []string{"/volume", "/dev/shm"} {
+				if !slices.Contains(c.ExternalMounts, mount) {
+					t.Errorf("external mounts %q lack %s", c.ExternalMounts, mount)
+				}
+			}
+			if len(c.Descriptors) != 3 || !strings.HasPrefix(c.Descriptors[1], "pipe:") {
+				t.Errorf("descriptors are %q, want /dev/null and two pipes", c.Descriptors)
+			}
+			if len(c.SharedNamespaces) != 1 || c.SharedNamespaces[0].Type != "network" || c.SharedNamespaces[0].Inode == 0 {
+				t.Errorf("shared namespaces are %v, want the pod's network", c.SharedNamespaces)
+			}
+			// What the container writes to its root must be found in the upper directory and, mounted, in the rootfs.
+			if _, err := running.Exec(t.Context(), "touch", "/written"); err != nil {
+				t.Fatal(err)
+			}
+			for _, dir := range []string{c.UpperDir, c.Rootfs} {
+				if _, err := os.Stat(filepath.Join(dir, "written")); err != nil {
+					t.Error(err)
+				}
+			}
+			procs, err := os.ReadFile(filepath.Join(c.Freezer, "cgroup.procs"))
+			if err != nil || len(strings.Fields(string(procs))) == 0 {
+				t.Errorf("freezer %s holds processes %q, %v", c.Freezer, procs, err)
+			}
+			if control := map[int]string{1: "freezer.state", 2: "cgroup.freeze"}[c.CgroupVersion]; control == "" {
+				t.Errorf("cgroup version is %d", c.CgroupVersion)
+			} else if _, err := os.Stat(filepath.Join(c.Freezer, control)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestDescribeSharedNamespaces(t *testing.T) {
+	client := containerd(t)
+	shared := run(t, client, node.Spec{
+		Pod: func(p *cri.PodSandboxConfig) {
+			p.Hostname = "" // it is the node's
+			p.Linux.SecurityContext.NamespaceOptions = &cri.NamespaceOption{Pid: cri.NamespaceMode_POD, Ipc: cri.NamespaceMode_NODE, Network: cri.NamespaceMode_NODE}
+		},
+		Container: func(c *cri.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &cri.NamespaceOption{Pid: cri.NamespaceMode_POD, Ipc: cri.NamespaceMode_NODE, Network: cri.NamespaceMode_NODE}
+		},
+	})
+	c, err := container.Describe(t.Context(), client.Runtime, shared.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var types []string
+	for _, ns := range c.SharedNamespaces {
+		types = append(types, ns.Type)
+	}
+	slices.Sort(types)
+	if !slices.Equal(types, []string{"network", "pid"}) {
+		t.Errorf("shared namespaces are %q", types)
+	}
+	if c.Shm {
+		t.Error("the node's own /dev/shm is taken for the pod's")
+	}
+}
+
+func TestDescribeWhatIsNotThere(t *testing.T) {
+	client := containerd(t)
+	if _, err := container.Describe(t.Context(), client.Runtime, "0123456789abcdef"); !errors.Is(err, container.ErrNotFound) {
+		t.Errorf("an unknown id gives %v, want ErrNotFound", err)
+	}
+	exited := run(t, client, node.Spec{Command: []string{"/bin/true"}})
+	for state := cri.ContainerState_CONTAINER_RUNNING; state != cri.ContainerState_CONTAINER_EXITED; {
+		var err error
+		if state, err = exited.State(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := container.Describe(t.Context(), client.Runtime, exited.ID); !errors.Is(err, container.ErrNotRunning) {
+		t.Errorf("an exited container gives %v, want ErrNotRunning", err)
+	}
+}
