@@ -99,7 +99,15 @@ func (l *link) flusher(o *outlet) {
 		o.nudged = false
 		l.flush(o)
 		if l.ended {
-			return
+			break
+		}
+	}
+	// The last frames may be behind a write of somebody else's.
+	for o.writing || len(o.buf) > 0 {
+		if o.writing {
+			l.changed.Wait()
+		} else {
+			l.flush(o)
 		}
 	}
 }

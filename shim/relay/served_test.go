@@ -190,7 +190,7 @@ func TestRequest(t *testing.T) {
 
 // TestHandlerThatHangs: everything else goes on, until the client has enough.
 func TestHandlerThatHangs(t *testing.T) {
-	ended := make(chan struct{})
+	ended := make(chan struct{}, maxServed)
 	var running atomic.Int64
 	p := newPair(t, handlers(func(w http.ResponseWriter, r *http.Request) {
 		running.Add(1)
@@ -216,8 +216,12 @@ func TestHandlerThatHangs(t *testing.T) {
 	// RST_STREAM cancels one and makes room for another.
 	p.client.WriteRSTStream(1, http2.ErrCodeCancel)
 	<-ended
-	p.client.WriteHeaders(p.block(more+4, true, requestTo(here)...))
-	waitFor(t, "the slot in use again", func() bool { return running.Load() == maxServed })
+	next := uint32(more + 4) // the slot is free a moment after the handler has returned
+	waitFor(t, "the slot in use again", func() bool {
+		p.client.WriteHeaders(p.block(next, true, requestTo(here)...))
+		next += 2
+		return running.Load() == maxServed
+	})
 	// The end of the connection cancels the others.
 	p.clientConn.Close()
 	for range maxServed {
