@@ -275,6 +275,61 @@ func TestDebt(t *testing.T) {
 	p.expectRuntime("WINDOW_UPDATE 0 5", "WINDOW_UPDATE 0 1000")
 }
 
+// TestLargeDebt: what is held for it is bounded, by not reading the runtime.
+func TestLargeDebt(t *testing.T) {
+	const debt, list = 1 << 20, 64 * maxFrame
+	p := newPair(t, handlers(answer(debt)), http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 24})
+	p.client.WriteWindowUpdate(0, debt)
+	p.ask(1, "/list", 0)
+	p.expectRuntime("WINDOW_UPDATE 0 1048576", "HEADERS 1", "DATA 1 0 END")
+	p.ask(3, here, 0)
+	for got := ""; got != "HEADERS 3 END"; {
+		got = p.next(p.client)
+	}
+	written := make(chan error, 1)
+	go func() {
+		err := p.runtime.WriteHeaders(p.block(1, false, ":status", "200"))
+		for i := range 64 {
+			if err == nil {
+				err = p.runtime.WriteData(1, i == 63, make([]byte, maxFrame))
+			}
+		}
+		written <- err
+	}()
+	link := func() *link {
+		for l := range p.relay.connections() {
+			return l
+		}
+		return nil
+	}()
+	waitFor(t, "frames held", func() bool {
+		link.mu.Lock()
+		defer link.mu.Unlock()
+		return link.account.size > maxHeld
+	})
+	if n := p.relay.buffered(); n > 1<<20 {
+		t.Errorf("%d bytes are held", n)
+	}
+	p.client.WriteWindowUpdate(0, debt)
+	total := 0
+	for end := false; !end; {
+		f, err := p.client.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d, ok := f.(*http2.DataFrame); ok {
+			total += len(d.Data())
+			end = d.StreamEnded()
+		}
+	}
+	if total != list {
+		t.Errorf("%d bytes arrived, want %d", total, list)
+	}
+	if err := <-written; err != nil {
+		t.Error(err)
+	}
+}
+
 // TestDebtOfManyAnswers: the smallest window that there is, a long list from the
 // runtime, and answers made here all the while.
 func TestDebtOfManyAnswers(t *testing.T) {

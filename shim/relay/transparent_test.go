@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"reflect"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -191,9 +190,6 @@ func (protoCodec) Unmarshal(data []byte, v any) error {
 }
 func (protoCodec) Name() string { return "proto" }
 
-// pieces is a runtime that takes and gives 64 MiB without holding them.
-const huge = 64 << 20
-
 // TestHugeMessages: the relay's memory does not depend on what passes. Client
 // and runtime hold the message whole in this same process, so what is measured
 // is what the relay's own buffers grow to.
@@ -201,6 +197,7 @@ func TestHugeMessages(t *testing.T) {
 	fake := newFakeRuntime(t, echo)
 	relay := newTestRelay(t, Config{Dial: fake.dial})
 	c := connect(t, relay.socket)
+	const huge = 64 << 20
 	msg := make([]byte, huge)
 	rand.Read(msg[:1<<20])
 	rand.Read(msg[huge-1<<20:])
@@ -324,6 +321,28 @@ func TestSocketBackPressure(t *testing.T) {
 	}
 }
 
+// TestPingFlood: answers that nobody reads are bounded too.
+func TestPingFlood(t *testing.T) {
+	p := newPair(t, Config{})
+	p.clientConn.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+	n := 0
+	for ; n < 1<<20; n++ {
+		if err := p.client.WritePing(false, [8]byte{}); err != nil {
+			break
+		}
+	}
+	if n == 1<<20 {
+		t.Error("the answers to a million pings are kept")
+	}
+	if n := p.relay.buffered(); n > 512<<10 {
+		t.Errorf("%d bytes are buffered for a client that does not read", n)
+	}
+	// One that reads after all gets every answer.
+	for range 1000 {
+		p.expectClient("PING ACK *")
+	}
+}
+
 // TestDeadlineAndCancel: the runtime sees the client's deadline and its cancel.
 func TestDeadlineAndCancel(t *testing.T) {
 	ended := make(chan error, 1)
@@ -411,5 +430,4 @@ func TestConcurrent(t *testing.T) {
 	if n := count.n.Load(); n != 64*3 {
 		t.Errorf("served %d calls, want %d", n, 64*3)
 	}
-	runtime.KeepAlive(fake)
 }
