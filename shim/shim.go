@@ -68,11 +68,12 @@ func Run(ctx context.Context, config Config) error {
 			return (&net.Dialer{}).DialContext(ctx, "unix", runtimePath)
 		},
 		Handlers: map[string]http.Handler{runtimeapi.RuntimeService_CheckpointContainer_FullMethodName: server},
+		Endless:  []string{runtimeapi.RuntimeService_GetContainerEvents_FullMethodName},
 		Log:      config.Log,
 	})
 
 	served := make(chan error, 1)
-	go func() { served <- kubelet.Serve(listener) }()
+	go func() { served <- kubelet.Serve(relay.RootOnly(listener, config.Log)) }()
 	probe := make(chan struct{})
 	go func() {
 		defer close(probe)

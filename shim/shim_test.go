@@ -2,18 +2,22 @@ package shim
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -102,33 +106,89 @@ func TestRunWithoutRuntimeAndCRIU(t *testing.T) {
 	defer goleak.VerifyNone(t)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "crishim.sock")
-	log := logrus.New()
-	log.SetOutput(t.Output())
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() {
-		ended <- Run(ctx, Config{Listen: path, RuntimeEndpoint: filepath.Join(dir, "absent.sock"), Criu: filepath.Join(dir, "criu"), Log: log})
-	}()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		if _, err := os.Stat(path); err == nil {
-			break
-		}
-	}
+	stop := start(t, Config{Listen: path, RuntimeEndpoint: filepath.Join(dir, "absent.sock"), Criu: filepath.Join(dir, "criu")})
 	if err := version(t, path); status.Code(err) != codes.Unavailable {
 		t.Errorf("Version without a runtime gives %v, want Unavailable", err)
 	}
-	select {
-	case err := <-ended:
-		t.Fatalf("ended by itself: %v", err)
-	default:
-	}
-	cancel()
-	if err := <-ended; err != nil {
-		t.Errorf("Run gives %v after its end was asked for", err)
-	}
+	stop()
 	if _, err := os.Lstat(path); !os.IsNotExist(err) {
 		t.Errorf("the socket is still there: %v", err)
 	}
+}
+
+// start runs the daemon until stop is called, and fails the test if it ends by itself or with an error.
+func start(t *testing.T, config Config) (stop func()) {
+	t.Helper()
+	log := logrus.New()
+	log.SetOutput(t.Output())
+	config.Log = log
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- Run(ctx, config) }()
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(config.Listen); err == nil {
+			break
+		}
+	}
+	return func() {
+		t.Helper()
+		select {
+		case err := <-ended:
+			t.Errorf("ended by itself: %v", err)
+			cancel()
+			return
+		default:
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Run gives %v after its end was asked for", err)
+		}
+	}
+}
+
+// The modes of socket and directory keep others out; their credentials do so where somebody has loosened those.
+func TestOnlyRootMayConnect(t *testing.T) {
+	requireRoot(t)
+	dir, err := os.MkdirTemp("", "crishim-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "crishim.sock")
+	defer start(t, Config{Listen: path, RuntimeEndpoint: filepath.Join(dir, "absent.sock"), Criu: filepath.Join(dir, "criu")})()
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(path, 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	if err := connectAs(65534, path); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("somebody else's connection gives %v, want its end", err)
+	}
+	if err := connectAs(0, path); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("root's connection gives %v, want that crishim waits for its first word", err)
+	}
+}
+
+// connectAs connects as another user and reads for half a second.
+func connectAs(uid int, path string) error {
+	result := make(chan error, 1)
+	go func() {
+		// Of this thread alone, which ends with the goroutine as it is never unlocked.
+		runtime.LockOSThread()
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)); errno != 0 {
+			result <- errno
+			return
+		}
+		conn, err := net.Dial("unix", path)
+		if err != nil {
+			result <- err
+			return
+		}
+		defer conn.Close()
+		if err = conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond)); err == nil {
+			_, err = conn.Read(make([]byte, 1))
+		}
+		result <- err
+	}()
+	return <-result
 }
 
 func TestRunRefusesNonsense(t *testing.T) {
