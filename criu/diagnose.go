@@ -10,6 +10,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Error is a dump that CRIU gave up by itself. The container runs again.
@@ -23,7 +25,7 @@ type Error struct {
 	// Log is the end of CRIU's log, at most 20 lines.
 	Log []string
 
-	err error // what is to be found by errors.Is
+	err error // what is to be found by errors.Is: unix.ENOSPC, unix.EDQUOT
 }
 
 func (e *Error) Error() string {
@@ -42,7 +44,9 @@ func (e *Error) Error() string {
 func (e *Error) Unwrap() error { return e.err }
 
 // Unsupported says whether the container uses something that CRIU, or this machine, cannot dump: trying again will not help.
-func (e *Error) Unsupported() bool { return e.Advice != "" }
+func (e *Error) Unsupported() bool {
+	return e.Advice != "" && !errors.Is(e.err, unix.ENOSPC) && !errors.Is(e.err, unix.EDQUOT)
+}
 
 var errConnectedTCP = errors.New("connected TCP socket")
 
@@ -52,6 +56,8 @@ var limits = []struct {
 	advice  string
 	err     error
 }{
+	{regexp.MustCompile(`No space left on device`), "make room there, or choose a location on another file system", unix.ENOSPC},
+	{regexp.MustCompile(`Disk quota exceeded`), "raise the quota, or choose a location on another file system", unix.EDQUOT},
 	{regexp.MustCompile(`Connected TCP socket`), "close the connection first", errConnectedTCP},
 	{regexp.MustCompile(`Unsupported proto 262`), "MPTCP sockets cannot be dumped; for a Go server set GODEBUG=multipathtcp=0 in the container", nil},
 	{regexp.MustCompile(`Can't get 1:16 opt`), "this criu cannot dump sockets on this kernel; install criu 4.2 or later", nil},

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestDiagnoseLog(t *testing.T) {
@@ -34,6 +36,12 @@ func TestDiagnoseLog(t *testing.T) {
 			want:        "criu cannot dump the container, at pid 7 (sh): inet: Connected TCP socket, consider using --tcp-established option.: close the connection first",
 			unsupported: true,
 			is:          errConnectedTCP,
+		},
+		{
+			name: "a full disk, which is no fault of the container's",
+			log:  "(00.1) Error (criu/bfd.c:1): bfd: Error flushing image: No space left on device\n",
+			want: "criu cannot dump the container: bfd: Error flushing image: No space left on device: make room there, or choose a location on another file system",
+			is:   unix.ENOSPC,
 		},
 		{
 			name: "an unknown cause: the last lines, without the noise",

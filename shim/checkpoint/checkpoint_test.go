@@ -1,8 +1,11 @@
 package checkpoint_test
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -156,6 +159,11 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 			containerd, crishim := serve(t)
 			original := run(t, containerd, node.Spec{Handler: runtime})
 			before := waitCount(t, 5, original.Log)
+			// A change of each kind to its files.
+			if _, err := original.Exec(t.Context(), "/bin/sh", "-c",
+				"echo kept >/root/new; mkdir -m 0750 /root/dir; ln -s new /root/link; rm /bin/df; chmod 0700 /etc; echo in memory >/dev/shm/m"); err != nil {
+				t.Fatal(err)
+			}
 			path := location(t)
 			request := &runtimeapi.CheckpointContainerRequest{ContainerId: original.ID, Location: path}
 			if _, err := crishim.CheckpointContainer(t.Context(), request); err != nil {
@@ -190,10 +198,73 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 			waitCount(t, after, restored.Output)
 			output, _ := restored.Output()
 			first, _ := strconv.Atoi(counted.FindStringSubmatch(output)[1])
-			if first < before || first > after {
+			if first < before || first > after+1 {
 				t.Errorf("restored container went on at %d; it was checkpointed between %d and %d", first, before, after)
+			}
+			// The workload prints a number and then writes it to its file: memory is never further than one step ahead.
+			if file := fileCount(t, path); file != first-1 && file != first-2 {
+				t.Errorf("memory goes on with %d, the archive's file says %d: they are not of one moment", first, file)
+			}
+			if content, err := restored.File("/root/link"); err != nil || content != "kept\n" {
+				t.Errorf("the new file, through its link, is %q, %v", content, err)
+			}
+			for name, want := range map[string]os.FileMode{"/root/dir": os.ModeDir | 0o750, "/etc": os.ModeDir | 0o700, "/bin/df": 0} {
+				if mode := restored.Mode(name); mode != want {
+					t.Errorf("%s is %v, want %v", name, mode, want)
+				}
+			}
+			if shm := memberOf(t, path, "devshm-checkpoint.tar", "m"); shm != "in memory\n" {
+				t.Errorf("/dev/shm/m in the archive is %q", shm)
+			}
+			if log := string(member(t, path, "container.log")); lastCount(t, log) < before || lastCount(t, log) > first {
+				t.Errorf("the archive's log ends at %d", lastCount(t, log))
 			}
 			waitCount(t, after+5, original.Log)
 		})
+	}
+}
+
+// fileCount is the number that the archive has in the workload's file.
+func fileCount(t *testing.T, path string) int {
+	t.Helper()
+	n, err := strconv.Atoi(strings.TrimSpace(memberOf(t, path, "rootfs-diff.tar", "var/count")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// memberOf reads a file from a tar that is a member of an archive.
+func memberOf(t *testing.T, path, outer, name string) string {
+	t.Helper()
+	return string(find(t, tar.NewReader(bytes.NewReader(member(t, path, outer))), name))
+}
+
+// member reads a member of an archive.
+func member(t *testing.T, path, name string) []byte {
+	t.Helper()
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	return find(t, tar.NewReader(file), name)
+}
+
+func find(t *testing.T, archive *tar.Reader, name string) []byte {
+	t.Helper()
+	for {
+		header, err := archive.Next()
+		if err != nil {
+			t.Fatalf("look for %s: %v", name, err)
+		}
+		if strings.TrimPrefix(header.Name, "./") != name {
+			continue
+		}
+		content, err := io.ReadAll(archive)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return content
 	}
 }

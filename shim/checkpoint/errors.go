@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -43,8 +42,7 @@ func failure(err error) *crishimv1.Failure {
 		f.Reason = crishimv1.Reason_REASON_LOCATION_EXISTS
 	case errors.Is(err, container.ErrNotRunning):
 		f.Reason = crishimv1.Reason_REASON_NOT_RUNNING
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT),
-		dump != nil && (strings.Contains(dump.Cause, unix.ENOSPC.Error()) || strings.Contains(dump.Cause, "No space left on device")):
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		f.Reason = crishimv1.Reason_REASON_NO_SPACE
 	case dump != nil && dump.Unsupported():
 		f.Reason = crishimv1.Reason_REASON_UNSUPPORTED

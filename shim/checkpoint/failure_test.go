@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -271,6 +272,30 @@ func TestDrainRollsBackWhatDoesNotFinish(t *testing.T) {
 	unharmed(t, c, path)
 	if _, err := service.CheckpointContainer(t.Context(), request); status.Code(err) != codes.Unavailable {
 		t.Errorf("error after Drain is %v, want Unavailable", err)
+	}
+}
+
+func TestADiskThatIsTooSmall(t *testing.T) {
+	containerd, crishim := serve(t)
+	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
+	waitCount(t, 0, c.Log)
+	path := location(t)
+	for _, size := range []string{"64m", "300m"} { // for the dump, and for the archive beside it
+		t.Run(size, func(t *testing.T) {
+			if err := unix.Mount("tmpfs", filepath.Dir(path), "tmpfs", 0, "mode=0700,size="+size); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := unix.Unmount(filepath.Dir(path), 0); err != nil {
+					t.Error(err)
+				}
+			}()
+			_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
+			if status.Code(err) != codes.ResourceExhausted || !strings.Contains(strings.ToLower(err.Error()), "no space left on device") {
+				t.Errorf("error is %v, want ResourceExhausted and a word on the disk", err)
+			}
+			unharmed(t, c, path)
+		})
 	}
 }
 

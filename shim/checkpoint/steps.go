@@ -18,7 +18,7 @@ import (
 
 // run does a job, step by step, in the helper process. Each step is undone by what stands beside it: the staging directory
 // is removed with all that was put into it, and criu rolls back a dump by itself.
-func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress)) (*crishimv1.Result, error) {
+func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress)) (_ *crishimv1.Result, err error) {
 	location, err := archive.OpenLocation(job.GetLocation())
 	if err != nil {
 		return nil, err
@@ -35,8 +35,12 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	if err != nil {
 		return nil, err
 	}
-	// After Publish there is nothing left to remove.
-	defer staging.Remove()
+	defer func() {
+		// After Publish there is nothing left to remove; an archive that is there stays a success.
+		if removeErr := staging.Remove(); err != nil {
+			err = errors.Join(err, removeErr)
+		}
+	}()
 	for _, member := range job.GetMembers() {
 		if err := staging.WriteFile(member.GetName(), member.GetContent()); err != nil {
 			return nil, err
@@ -217,7 +221,7 @@ func (c *capture) member(name string, write func(io.Writer) error) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(write(file), file.Close())
+	return c.staging.Explain(errors.Join(write(file), file.Close()))
 }
 
 // openInContainer opens a directory of a container as its processes see it. The container can put a symlink anywhere in the

@@ -90,6 +90,15 @@ func (c *Container) File(path string) (string, error) {
 	return string(content), err
 }
 
+// Mode is the type and mode of a file of the container's root file system, 0 if there is none.
+func (c *Container) Mode(path string) os.FileMode {
+	info, err := os.Lstat(c.machine.Path(c.dir + "/rootfs" + path))
+	if err != nil {
+		return 0
+	}
+	return info.Mode()
+}
+
 // Remove ends the container and removes what was made for it. It does as much as it can.
 func (c *Container) Remove(ctx context.Context) error {
 	var errs []error
