@@ -46,24 +46,30 @@ func openCache() (cache, error) {
 	return cache(dir), nil
 }
 
-// Build builds everything that the cache lacks, which Start and its like do as they need it.
-func Build(ctx context.Context) error {
+// Build builds the root file system, the images and the named tools, as far as the cache lacks them. Start and its like build what
+// they need by themselves, one after the other; Build lets the root file system, which waits for the network, and the tools,
+// which keep the processors busy, go on at once.
+func Build(ctx context.Context, tools ...string) error {
 	c, err := openCache()
 	if err != nil {
 		return err
 	}
-	if _, err := c.images(ctx); err != nil {
-		return err
-	}
-	if _, err := c.program(ctx, "pid1", map[string][]byte{"main.go": pid1Source}); err != nil {
-		return err
-	}
+	built := make(chan error, 1)
+	go func() {
+		_, err := c.images(ctx)
+		if err == nil {
+			_, err = c.program(ctx, "pid1", map[string][]byte{"main.go": pid1Source})
+		}
+		built <- err
+	}()
+	var toolErr error
 	for _, name := range tools {
 		if _, err := Tool(ctx, name); err != nil {
-			return err
+			toolErr = err
+			break
 		}
 	}
-	return nil
+	return errors.Join(toolErr, <-built)
 }
 
 // entry returns the path of an entry, and builds it first where it is missing. build makes its argument, which does not

@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// tools are those directories of test/tools that nodes and their tests use, each a module with one tool.
-var tools = []string{"checkpointctl", "kubelet-1.34", "kubelet-1.37"}
+// Tools are those that the tests need: directories of test/tools, each a module with one tool.
+func Tools() []string { return []string{"checkpointctl", "kubelet-1.34", "kubelet-1.37"} }
 
 var kubeletVersion = regexp.MustCompile(`(?m)^require k8s\.io/kubernetes (v\S+)$`)
 

@@ -44,7 +44,7 @@ const (
 func run(ctx context.Context, crishim string) (err error) {
 	start := time.Now()
 	say("Preparing: node root file system, kubelet, checkpointctl (minutes the first time, cached then)")
-	if err := node.Build(ctx); err != nil {
+	if err := node.Build(ctx, "checkpointctl", "kubelet-1.34"); err != nil {
 		return err
 	}
 	checkpointctl, err := node.Tool(ctx, "checkpointctl")

@@ -65,7 +65,7 @@ func run(args []string) (code int, err error) {
 	}
 	switch {
 	case command == "build" && len(args) == 0:
-		return 0, node.Build(ctx)
+		return 0, node.Build(ctx, node.Tools()...)
 	case command == "sweep" && len(args) == 0:
 		return 0, node.Sweep(ctx)
 	case command == "shell" && len(args) == 0:
