@@ -98,22 +98,9 @@ func dump(o order) (r report, err error) {
 // run starts a workload and returns it with its description.
 func run(t *testing.T, handler string, command ...string) (*node.Container, criu.Container) {
 	t.Helper()
-	node.Require(t)
-	client, err := node.DialLocalCRI(node.ContainerdSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close() })
-	running, err := client.RunContainer(t.Context(), node.Spec{Handler: handler, Command: command})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := running.Remove(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
-	waitForMore(t, running)
+	client := node.Containerd(t)
+	running := client.Run(t, node.Spec{Handler: handler, Command: command})
+	node.WaitCount(t, 0, running.Log)
 	c, err := container.Describe(t.Context(), client.Runtime, running.ID)
 	if err != nil {
 		t.Fatal(err)
@@ -126,25 +113,6 @@ func run(t *testing.T, handler string, command ...string) (*node.Container, criu
 		description.SharedNamespaces = append(description.SharedNamespaces, criu.Namespace(ns))
 	}
 	return running, description
-}
-
-// waitForMore waits until the container has written more than it had.
-func waitForMore(t *testing.T, c *node.Container) {
-	t.Helper()
-	before, err := c.Log()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		now, err := c.Log()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(now) > len(before) && strings.Contains(now, "count") {
-			return
-		}
-	}
-	t.Fatal("the container has written nothing for 20 s")
 }
 
 func newDir(t *testing.T) string {
@@ -202,7 +170,7 @@ func TestDump(t *testing.T) {
 					t.Errorf("%s: %v, %v", file, info, err)
 				}
 			}
-			waitForMore(t, running)
+			node.WaitMore(t, running.Log)
 		})
 	}
 }
@@ -213,7 +181,7 @@ func TestAnErrorInPostDumpRollsBack(t *testing.T) {
 	if r.Error != "no room" || r.PostDumps != 1 {
 		t.Errorf("error is %q after %d calls, want PostDump's own after one", r.Error, r.PostDumps)
 	}
-	waitForMore(t, running)
+	node.WaitMore(t, running.Log)
 }
 
 func TestTheEndOfTheContextRollsBack(t *testing.T) {
@@ -223,7 +191,7 @@ func TestTheEndOfTheContextRollsBack(t *testing.T) {
 		if r.Error != "" && r.Error != context.DeadlineExceeded.Error() {
 			t.Errorf("after %d ms: error is %q, want none or that of the deadline", timeout, r.Error)
 		}
-		waitForMore(t, running)
+		node.WaitMore(t, running.Log)
 	}
 	r := carryOut(t, order{Container: description, Dir: newDir(t), Cancelled: true})
 	if r.Error != context.Canceled.Error() || r.PostDumps != 0 {
@@ -239,7 +207,7 @@ func TestAFailedDumpSaysWhy(t *testing.T) {
 	if !strings.Contains(r.Error, "doesn't have a proper root mount") || !strings.Contains(r.Error, "unmount it first") {
 		t.Errorf("error is %q", r.Error)
 	}
-	waitForMore(t, running)
+	node.WaitMore(t, running.Log)
 }
 
 func TestProbe(t *testing.T) {

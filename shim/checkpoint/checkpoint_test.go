@@ -9,11 +9,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
@@ -36,7 +34,7 @@ func TestMain(m *testing.M) {
 // serve starts the checkpoint service on a socket of its own, in front of the node's containerd.
 func serve(t *testing.T) (*node.Client, runtimeapi.RuntimeServiceClient) {
 	t.Helper()
-	containerd := dialContainerd(t)
+	containerd := node.Containerd(t)
 	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "criu", Log: testLog(t)})
 	socket := filepath.Join(t.TempDir(), "crishim.sock")
 	listener, err := net.Listen("unix", socket)
@@ -62,71 +60,12 @@ func serve(t *testing.T) (*node.Client, runtimeapi.RuntimeServiceClient) {
 	return containerd, runtimeapi.NewRuntimeServiceClient(conn)
 }
 
-func dialContainerd(t *testing.T) *node.Client {
-	t.Helper()
-	node.Require(t)
-	containerd, err := node.DialLocalCRI(node.ContainerdSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { containerd.Close() })
-	return containerd
-}
-
 func testLog(t *testing.T) logrus.FieldLogger {
 	log := logrus.New()
 	log.SetLevel(logrus.DebugLevel)
 	log.SetOutput(t.Output())
 	log.SetFormatter(&logrus.TextFormatter{TimestampFormat: "05.000", FullTimestamp: true})
 	return log
-}
-
-// run starts a container and removes it at the end of the test.
-func run(t *testing.T, client *node.Client, spec node.Spec) *node.Container {
-	t.Helper()
-	c, err := client.RunContainer(t.Context(), spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := c.Remove(context.Background()); err != nil {
-			t.Errorf("remove container: %v", err)
-		}
-	})
-	return c
-}
-
-var counted = regexp.MustCompile(`count (\d+)\n`)
-
-// lastCount returns the last number that a workload has written.
-func lastCount(t *testing.T, output string) int {
-	t.Helper()
-	all := counted.FindAllStringSubmatch(output, -1)
-	if all == nil {
-		return 0
-	}
-	n, err := strconv.Atoi(all[len(all)-1][1])
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
-}
-
-// waitCount waits until the output has a number over n, and returns it.
-func waitCount(t *testing.T, n int, output func() (string, error)) int {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		text, err := output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if now := lastCount(t, text); now > n {
-			return now
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("no count over %d for 20 s; output ends in %q", n, text[max(0, len(text)-200):])
-		}
-	}
 }
 
 func location(t *testing.T) string {
@@ -157,8 +96,8 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 	for _, runtime := range []string{"runc", "crun"} {
 		t.Run(runtime, func(t *testing.T) {
 			containerd, crishim := serve(t)
-			original := run(t, containerd, node.Spec{Handler: runtime})
-			before := waitCount(t, 5, original.Log)
+			original := containerd.Run(t, node.Spec{Handler: runtime})
+			before := node.WaitCount(t, 5, original.Log)
 			// A change of each kind to its files.
 			if _, err := original.Exec(t.Context(), "/bin/sh", "-c",
 				"echo kept >/root/new; mkdir -m 0750 /root/dir; ln -s new /root/link; rm /bin/df; chmod 0700 /etc; echo in memory >/dev/shm/m"); err != nil {
@@ -179,7 +118,7 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 			if got, want := listing(t, filepath.Dir(path)), "- checkpoint-test.tar\n"; got != want {
 				t.Errorf("the directory holds\n%s", got)
 			}
-			after := waitCount(t, before+5, original.Log)
+			after := node.WaitCount(t, before+5, original.Log)
 
 			archive, err := os.Open(path)
 			if err != nil {
@@ -195,9 +134,9 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 					t.Error(err)
 				}
 			}()
-			waitCount(t, after, restored.Output)
+			node.WaitCount(t, after, restored.Output)
 			output, _ := restored.Output()
-			first, _ := strconv.Atoi(counted.FindStringSubmatch(output)[1])
+			first := node.Counts(output)[0]
 			if first < before || first > after+1 {
 				t.Errorf("restored container went on at %d; it was checkpointed between %d and %d", first, before, after)
 			}
@@ -216,10 +155,10 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 			if shm := memberOf(t, path, "devshm-checkpoint.tar", "m"); shm != "in memory\n" {
 				t.Errorf("/dev/shm/m in the archive is %q", shm)
 			}
-			if log := string(member(t, path, "container.log")); lastCount(t, log) < before || lastCount(t, log) > first {
-				t.Errorf("the archive's log ends at %d", lastCount(t, log))
+			if log := string(member(t, path, "container.log")); node.LastCount(log) < before || node.LastCount(log) > first {
+				t.Errorf("the archive's log ends at %d", node.LastCount(log))
 			}
-			waitCount(t, after+5, original.Log)
+			node.WaitCount(t, after+5, original.Log)
 		})
 	}
 }

@@ -26,11 +26,7 @@ import (
 // unharmed fails the test unless the container goes on and nothing of a checkpoint is left, neither on it nor at the location.
 func unharmed(t *testing.T, c *node.Container, location string) {
 	t.Helper()
-	log, err := c.Log()
-	if err != nil {
-		t.Fatal(err)
-	}
-	waitCount(t, lastCount(t, log), c.Log)
+	node.WaitMore(t, c.Log)
 	pid, err := c.Pid(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -90,8 +86,8 @@ func dumping(t *testing.T, location string) {
 
 func TestAStoppedCheckpointLeavesNothing(t *testing.T) {
 	containerd, crishim := serve(t)
-	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "1024"}})
-	waitCount(t, 0, c.Log)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "1024"}})
+	node.WaitCount(t, 0, c.Log)
 	for _, test := range []struct {
 		name string
 		want codes.Code
@@ -161,8 +157,8 @@ func waitGone(t *testing.T, dir string, limit time.Duration) {
 
 func TestOneCheckpointOfAContainerAtATime(t *testing.T) {
 	containerd, crishim := serve(t)
-	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
-	waitCount(t, 0, c.Log)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
+	node.WaitCount(t, 0, c.Log)
 	path := location(t)
 	first := make(chan error, 1)
 	go func() {
@@ -185,9 +181,9 @@ func TestOneCheckpointOfAContainerAtATime(t *testing.T) {
 
 func TestErrors(t *testing.T) {
 	containerd, crishim := serve(t)
-	running := run(t, containerd, node.Spec{})
-	waitCount(t, 0, running.Log)
-	exited := run(t, containerd, node.Spec{Name: "exited", Command: []string{"/bin/sh", "-c", "exit 3"}})
+	running := containerd.Run(t, node.Spec{})
+	node.WaitCount(t, 0, running.Log)
+	exited := containerd.Run(t, node.Spec{Name: "exited", Command: []string{"/bin/sh", "-c", "exit 3"}})
 	for state := runtimeapi.ContainerState_CONTAINER_RUNNING; state != runtimeapi.ContainerState_CONTAINER_EXITED; {
 		var err error
 		if state, err = exited.State(t.Context()); err != nil {
@@ -241,7 +237,7 @@ func TestErrors(t *testing.T) {
 
 // A kubelet's end-to-end test looks for the phrase, and everything but checkpoints goes on without CRIU.
 func TestWithoutCRIU(t *testing.T) {
-	containerd := dialContainerd(t)
+	containerd := node.Containerd(t)
 	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "/nowhere/criu", Log: testLog(t)})
 	_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: "c", Location: location(t)})
 	const phrase = "CRIU binary not found or too old (<31600). Failed to checkpoint container"
@@ -251,10 +247,10 @@ func TestWithoutCRIU(t *testing.T) {
 }
 
 func TestDrainRollsBackWhatDoesNotFinish(t *testing.T) {
-	containerd := dialContainerd(t)
+	containerd := node.Containerd(t)
 	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "criu", Log: testLog(t)})
-	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "512"}})
-	waitCount(t, 0, c.Log)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "512"}})
+	node.WaitCount(t, 0, c.Log)
 	path := location(t)
 	inFlight := make(chan error, 1)
 	request := &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}
@@ -277,8 +273,8 @@ func TestDrainRollsBackWhatDoesNotFinish(t *testing.T) {
 
 func TestADiskThatIsTooSmall(t *testing.T) {
 	containerd, crishim := serve(t)
-	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
-	waitCount(t, 0, c.Log)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
+	node.WaitCount(t, 0, c.Log)
 	path := location(t)
 	for _, size := range []string{"64m", "300m"} { // for the dump, and for the archive beside it
 		t.Run(size, func(t *testing.T) {
@@ -302,8 +298,8 @@ func TestADiskThatIsTooSmall(t *testing.T) {
 // Without the lock and --tcp-established such a container cannot be dumped; with them, nothing may be left of the lock.
 func TestAnEstablishedConnection(t *testing.T) {
 	containerd, crishim := serve(t)
-	c := run(t, containerd, node.Spec{Command: []string{"/bin/workload", "tcp"}})
-	waitCount(t, 5, c.Log)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "tcp"}})
+	node.WaitCount(t, 5, c.Log)
 	path := location(t)
 	if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
 		t.Fatal(err)

@@ -1,7 +1,6 @@
 package container_test
 
 import (
-	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -14,31 +13,6 @@ import (
 	"crishim/shim/container"
 	"crishim/test/node"
 )
-
-func containerd(t *testing.T) *node.Client {
-	t.Helper()
-	node.Require(t)
-	client, err := node.DialLocalCRI(node.ContainerdSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close() })
-	return client
-}
-
-func run(t *testing.T, client *node.Client, spec node.Spec) *node.Container {
-	t.Helper()
-	c, err := client.RunContainer(t.Context(), spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := c.Remove(context.Background()); err != nil {
-			t.Errorf("remove container: %v", err)
-		}
-	})
-	return c
-}
 
 // masked are paths to be masked: files, directories, and what no kernel has.
 var masked = []string{"/proc/kcore", "/proc/acpi", "/proc/keys", "/proc/sys/kernel", "/proc/does-not-exist"}
@@ -75,8 +49,8 @@ func kubeletLike(t *testing.T, handler string) node.Spec {
 func TestDescribe(t *testing.T) {
 	for _, handler := range []string{"runc", "crun"} {
 		t.Run(handler, func(t *testing.T) {
-			client := containerd(t)
-			running := run(t, client, kubeletLike(t, handler))
+			client := node.Containerd(t)
+			running := client.Run(t, kubeletLike(t, handler))
 			pid, err := running.Pid(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -140,8 +114,8 @@ func TestDescribe(t *testing.T) {
 }
 
 func TestDescribeSharedNamespaces(t *testing.T) {
-	client := containerd(t)
-	shared := run(t, client, node.Spec{
+	client := node.Containerd(t)
+	shared := client.Run(t, node.Spec{
 		Pod: func(p *cri.PodSandboxConfig) {
 			p.Hostname = "" // it is the node's
 			p.Linux.SecurityContext.NamespaceOptions = &cri.NamespaceOption{Pid: cri.NamespaceMode_POD, Ipc: cri.NamespaceMode_NODE, Network: cri.NamespaceMode_NODE}
@@ -168,11 +142,11 @@ func TestDescribeSharedNamespaces(t *testing.T) {
 }
 
 func TestDescribeWhatIsNotThere(t *testing.T) {
-	client := containerd(t)
+	client := node.Containerd(t)
 	if _, err := container.Describe(t.Context(), client.Runtime, "0123456789abcdef"); !errors.Is(err, container.ErrNotFound) {
 		t.Errorf("an unknown id gives %v, want ErrNotFound", err)
 	}
-	exited := run(t, client, node.Spec{Command: []string{"/bin/true"}})
+	exited := client.Run(t, node.Spec{Command: []string{"/bin/true"}})
 	for state := cri.ContainerState_CONTAINER_RUNNING; state != cri.ContainerState_CONTAINER_EXITED; {
 		var err error
 		if state, err = exited.State(t.Context()); err != nil {

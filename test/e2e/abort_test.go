@@ -41,12 +41,7 @@ func unharmed(t *testing.T, n *node.Node, dir string, output func() (string, err
 	complaint := ""
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if complaint = harm(t, n, dir); complaint == "" {
-			text, err := output()
-			if err != nil {
-				t.Fatal(err)
-			}
-			all := counts(text)
-			waitCount(t, all[len(all)-1], output)
+			node.WaitMore(t, output)
 			return
 		}
 	}
@@ -104,12 +99,8 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 	}
 	runPod(t, k, node.Pod{Name: "large", Command: []string{"/bin/workload", "memory", "1024"}})
 	pod, output := k.PodName("large"), logFile(n, k.PodName("large"), "large")
-	waitCount(t, 0, output)
-	client, err := n.DialCRI(node.CrishimSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
+	node.WaitCount(t, 0, output)
+	client := dial(t, n)
 	containers, err := client.Runtime.ListContainers(t.Context(), &cri.ListContainersRequest{})
 	if err != nil || len(containers.GetContainers()) != 1 {
 		t.Fatalf("list containers: %v, %v", containers, err)
@@ -170,6 +161,27 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 	})
 }
 
+// dial returns a client of the node's crishim.
+func dial(t *testing.T, n *node.Node) *node.Client {
+	t.Helper()
+	client, err := n.DialCRI(node.CrishimSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
+// checkpoint asks for a checkpoint in the background.
+func checkpoint(t *testing.T, client *node.Client, id string) (ended <-chan error) {
+	result := make(chan error, 1)
+	go func() {
+		_, err := client.Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: id, Location: "/data/checkpoint.tar"})
+		result <- err
+	}()
+	return result
+}
+
 // calls makes a Version call every 100 ms until stop is called, which returns the longest time without an answer.
 func calls(t *testing.T, n *node.Node) (stop func() time.Duration) {
 	t.Helper()
@@ -207,26 +219,13 @@ func calls(t *testing.T, n *node.Node) (stop func() time.Duration) {
 // or rolls it back, it therefore goes on relaying.
 func TestRestartDuringADumpLeavesNoGap(t *testing.T) {
 	n, binary := start(t, node.Options{})
-	containerd, err := n.DialCRI(node.ContainerdSocket)
+	client := dial(t, n)
+	c, err := client.RunContainer(t.Context(), node.Spec{Command: []string{"/bin/workload", "memory", "4096"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer containerd.Close()
-	c, err := containerd.RunContainer(t.Context(), node.Spec{Command: []string{"/bin/workload", "memory", "4096"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	waitCount(t, 0, c.Log)
-	client, err := n.DialCRI(node.CrishimSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	ended := make(chan error, 1)
-	go func() {
-		_, err := client.Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: "/data/checkpoint.tar"})
-		ended <- err
-	}()
+	node.WaitCount(t, 0, c.Log)
+	ended := checkpoint(t, client, c.ID)
 	stop := calls(t, n)
 	dumping(t, n, "/data")
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -250,28 +249,15 @@ func TestRestartDuringADumpLeavesNoGap(t *testing.T) {
 
 func TestContainerdIsKilled(t *testing.T) {
 	n, _ := start(t, node.Options{})
-	containerd, err := n.DialCRI(node.ContainerdSocket)
+	client := dial(t, n)
+	c, err := client.RunContainer(t.Context(), node.Spec{Command: []string{"/bin/workload", "memory", "512"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer containerd.Close()
-	c, err := containerd.RunContainer(t.Context(), node.Spec{Command: []string{"/bin/workload", "memory", "512"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	waitCount(t, 0, c.Log)
-	client, err := n.DialCRI(node.CrishimSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
+	node.WaitCount(t, 0, c.Log)
 
 	t.Run("during a checkpoint, which goes on", func(t *testing.T) {
-		ended := make(chan error, 1)
-		go func() {
-			_, err := client.Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: "/data/checkpoint.tar"})
-			ended <- err
-		}()
+		ended := checkpoint(t, client, c.ID)
 		dumping(t, n, "/data")
 		n.Daemon("containerd").Kill()
 		if err := <-ended; err != nil {
@@ -325,6 +311,6 @@ func TestContainerdIsKilled(t *testing.T) {
 				t.Fatalf("crishim had %d descriptors, now it has %d", before, descriptors())
 			}
 		}
-		waitCount(t, 0, c.Log)
+		node.WaitCount(t, 0, c.Log)
 	})
 }

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -67,34 +65,6 @@ func runPod(t *testing.T, k *node.Kubelet, pod node.Pod) {
 	defer cancel()
 	if err := k.RunPod(ctx, pod); err != nil {
 		t.Fatal(err)
-	}
-}
-
-var counted = regexp.MustCompile(`count (\d+)\n`)
-
-func counts(output string) []int {
-	var all []int
-	for _, m := range counted.FindAllStringSubmatch(output, -1) {
-		n, _ := strconv.Atoi(m[1])
-		all = append(all, n)
-	}
-	return all
-}
-
-// waitCount waits until the output has a number over n, and returns the last.
-func waitCount(t *testing.T, n int, output func() (string, error)) int {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		text, err := output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if all := counts(text); len(all) > 0 && all[len(all)-1] > n {
-			return all[len(all)-1]
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("no count over %d for 20 s; output ends in %q", n, text[max(0, len(text)-200):])
-		}
 	}
 }
 

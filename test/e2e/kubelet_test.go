@@ -23,7 +23,7 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 	n, _ := start(t, node.Options{})
 	k := startKubelet(t, n, "1.34", node.CrishimSocket)
 	pod := k.PodName("counter")
-	before := waitCount(t, 5, podLog(t, k, "counter"))
+	before := node.WaitCount(t, 5, podLog(t, k, "counter"))
 
 	paths, err := k.Checkpoint(t.Context(), pod, "counter", 0)
 	if err != nil {
@@ -46,7 +46,7 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 	if got, want := listing(t, n, checkpoints), filepath.Base(path)+"\n"; got != want {
 		t.Errorf("the directory holds\n%swant\n%s", got, want)
 	}
-	after := waitCount(t, before+5, podLog(t, k, "counter"))
+	after := node.WaitCount(t, before+5, podLog(t, k, "counter"))
 
 	t.Run("checkpointctl", func(t *testing.T) { readByCheckpointctl(t, n, path, pod) })
 	t.Run("tar", func(t *testing.T) {
@@ -72,12 +72,12 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		waitCount(t, after, restored.Output)
+		node.WaitCount(t, after, restored.Output)
 		output, err := restored.Output()
 		if err != nil {
 			t.Fatal(err)
 		}
-		all := counts(output)
+		all := node.Counts(output)
 		if all[0] < before || all[0] > after {
 			t.Errorf("went on at %d; it was checkpointed between %d and %d", all[0], before, after)
 		}
@@ -91,12 +91,12 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 		}
 	})
 	// The original has gone on all along, and counted no number twice.
-	waitCount(t, after+5, podLog(t, k, "counter"))
+	node.WaitCount(t, after+5, podLog(t, k, "counter"))
 	log, err := podLog(t, k, "counter")()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, n := range counts(log) {
+	for i, n := range node.Counts(log) {
 		if n != i+1 {
 			t.Fatalf("the original's number %d is %d", i+1, n)
 		}
@@ -186,7 +186,7 @@ func TestAKubeletWorksAsWithoutCrishim(t *testing.T) {
 			n, _ := start(t, node.Options{})
 			k := startKubelet(t, n, version, node.CrishimSocket)
 			pod := k.PodName("counter")
-			waitCount(t, 5, podLog(t, k, "counter"))
+			node.WaitCount(t, 5, podLog(t, k, "counter"))
 			out, err := k.Exec(t.Context(), pod, "counter", "echo hello")
 			if err != nil || !strings.Contains(out, "hello") {
 				t.Errorf("exec: %q, %v", out, err)
