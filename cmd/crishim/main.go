@@ -20,6 +20,13 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
+	if err := rootCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintf(os.Stderr, "crishim: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "crishim",
 		Short: "Container checkpoints for container runtimes that have none",
@@ -32,8 +39,5 @@ CRIU and writes an archive where the kubelet asked for it.`,
 		Version:       version,
 	}
 	root.AddCommand(serveCommand(), versionCommand())
-	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintf(os.Stderr, "crishim: %v\n", err)
-		os.Exit(1)
-	}
+	return root
 }
