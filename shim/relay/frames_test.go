@@ -57,8 +57,9 @@ func TestSettingsPass(t *testing.T) {
 	p.runtime.WriteSettingsAck() // of nothing
 	p.runtime.WritePing(false, [8]byte{})
 	p.expectClient("SETTINGS ACK", "SETTINGS ACK")
+	p.expectRuntime("PING ACK *")
 	p.client.WriteSettingsAck()
-	p.expectRuntime("PING ACK *", "SETTINGS ACK")
+	p.expectRuntime("SETTINGS ACK")
 	p.client.WritePing(false, [8]byte{'m', 'a', 'r', 'k'})
 	p.expectClient("PING ACK mark*")
 }
@@ -226,6 +227,21 @@ func TestResponsesWithoutTable(t *testing.T) {
 	}
 	if got := f.(*http2.HeadersFrame).HeaderBlockFragment(); !bytes.Equal(got, raw) {
 		t.Errorf("block %x became %x", raw, got)
+	}
+}
+
+// TestRequestsPassVerbatim once the client has acknowledged the table size.
+func TestRequestsPassVerbatim(t *testing.T) {
+	p := newPair(t, Config{})
+	var b bytes.Buffer
+	h := p.block(1, true, requestTo("/a")...)
+	h.PadLength = 11
+	// A literal without Huffman coding, which no encoder of Go's would write.
+	h.BlockFragment = append(h.BlockFragment, "\x00\x01k\x0caaaaaaaaaaaa"...)
+	http2.NewFramer(io.MultiWriter(&b, p.clientConn), nil).WriteHeaders(h)
+	got := make([]byte, b.Len())
+	if _, err := io.ReadFull(p.runtimeConn, got); err != nil || !bytes.Equal(got, b.Bytes()) {
+		t.Errorf("%x became %x, %v", b.Bytes(), got, err)
 	}
 }
 

@@ -227,6 +227,46 @@ func TestRuntimeGoAway(t *testing.T) {
 	p.expectEnd(p.client)
 }
 
+// TestLastFrames: what waits behind somebody else's write is written before the
+// connection closes.
+func TestLastFrames(t *testing.T) {
+	p := newPair(t, handlers(answer(1<<20)), http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 24})
+	p.client.WriteWindowUpdate(0, 1<<24)
+	p.ask(1, here, 0)
+	link := p.link()
+	locked := func(ok func() bool) func() bool {
+		return func() bool {
+			link.mu.Lock()
+			defer link.mu.Unlock()
+			return ok()
+		}
+	}
+	waitFor(t, "full socket", locked(func() bool { return link.client.writing && len(link.client.buf) > outLimit }))
+	p.open(2, "/even") // an error
+	waitFor(t, "end", locked(func() bool { return link.ended }))
+	time.Sleep(20 * time.Millisecond)
+	got := ""
+	for next := p.next(p.client); next != "EOF"; next = p.next(p.client) {
+		got = next
+	}
+	if !strings.HasPrefix(got, "GOAWAY 1 PROTOCOL_ERROR") {
+		t.Errorf("the last frame was %s", got)
+	}
+}
+
+// TestAnsweredUpload: an answer that came before the end of its request is not
+// replaced by an error when the runtime goes away.
+func TestAnsweredUpload(t *testing.T) {
+	p := newPair(t, Config{})
+	p.open(1, "/a")
+	p.expectRuntime("HEADERS 1")
+	p.runtime.WriteHeaders(p.block(1, true, ":status", "200", "grpc-status", "5"))
+	p.expectClient("HEADERS 1 END")
+	p.runtimeConn.Close()
+	p.expectClient("RST_STREAM 1 NO_ERROR", "GOAWAY 1 NO_ERROR ")
+	p.expectEnd(p.client)
+}
+
 // TestRuntimeAway: calls wait for the hold time, are then told what to do, and
 // the connection makes room for a better one.
 func TestRuntimeAway(t *testing.T) {

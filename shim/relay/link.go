@@ -24,9 +24,8 @@ const (
 
 // A link is one accepted connection with its connection to the runtime, or
 // without one: which of the two is settled once, before the client's first
-// frame is answered. It has up to four
-// goroutines, two pumps and two flushers, and one for each stream served here;
-// run waits for all of them.
+// frame is answered. It has up to four goroutines, two pumps and two flushers,
+// and one for each stream served here; run waits for all of them.
 type link struct {
 	s      *Server
 	ctx    context.Context

@@ -208,3 +208,12 @@ func (p *pair) field(name string) string {
 	}
 	return ""
 }
+
+// link is the only connection of the relay.
+func (p *pair) link() *link {
+	for l := range p.relay.connections() {
+		return l
+	}
+	p.t.Fatal("no connection")
+	return nil
+}

@@ -296,12 +296,7 @@ func TestLargeDebt(t *testing.T) {
 		}
 		written <- err
 	}()
-	link := func() *link {
-		for l := range p.relay.connections() {
-			return l
-		}
-		return nil
-	}()
+	link := p.link()
 	waitFor(t, "frames held", func() bool {
 		link.mu.Lock()
 		defer link.mu.Unlock()
