@@ -241,7 +241,14 @@ func TestLastFrames(t *testing.T) {
 			return ok()
 		}
 	}
-	waitFor(t, "full socket", locked(func() bool { return link.client.writing && len(link.client.buf) > outLimit }))
+	window, polls := int64(0), 0
+	waitFor(t, "full socket, which stops the handler in a write", locked(func() bool {
+		polls++
+		if w := link.account.window; w != window || !link.client.writing {
+			window, polls = w, 0
+		}
+		return polls > 20
+	}))
 	p.open(2, "/even") // an error
 	waitFor(t, "end", locked(func() bool { return link.ended }))
 	time.Sleep(20 * time.Millisecond)
