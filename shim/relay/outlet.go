@@ -92,17 +92,19 @@ func (l *link) room(o *outlet) {
 func (l *link) flusher(o *outlet) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for {
+	for !l.ended {
 		for !o.nudged && !l.ended {
 			o.wake.Wait()
 		}
 		o.nudged = false
 		l.flush(o)
-		if l.ended {
-			break
-		}
 	}
-	// The last frames may be behind a write of somebody else's.
+	l.flushAll(o)
+}
+
+// flushAll writes the last frames of a connection, which may be behind a write
+// of somebody else's.
+func (l *link) flushAll(o *outlet) {
 	for o.writing || len(o.buf) > 0 {
 		if o.writing {
 			l.changed.Wait()

@@ -25,7 +25,7 @@ func (l *link) pumpRuntime(in *frameReader) {
 		l.s.cfg.Log.WithError(err).Warn("the runtime broke HTTP/2: closing its connection")
 		l.runtime.conn.SetWriteDeadline(time.Now().Add(lastWrite))
 		l.runtime.send(appendGoAway(nil, 0, broken.code, []byte(broken.reason)))
-		l.flush(&l.runtime)
+		l.flushAll(&l.runtime)
 	}
 	if err == io.EOF {
 		err = errors.New("it closed the connection")
