@@ -19,8 +19,12 @@ build: bin/crishim ## build bin/crishim
 bin/crishim:
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/crishim
 
+.PHONY: setup
+setup:
+	test/setup.sh
+
 .PHONY: bin/testnode
-bin/testnode:
+bin/testnode: setup
 	$(GO) build -o $@ ./test/cmd/testnode
 
 .PHONY: unit
@@ -28,7 +32,7 @@ unit: ## the quick tests: no root, no node
 	timeout 10m $(GO) test -race $(PACKAGES)
 
 .PHONY: test
-test: lint build test-node test-e2e ## all tests; as root, installs what it needs
+test: setup lint build test-node test-e2e ## all tests; as root, installs what it needs
 
 # The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; and what knows of cgroups once more
 # where there is cgroup v2 alone.
@@ -46,7 +50,7 @@ test-e2e: bin/testnode
 	timeout 25m $(GO) test -race -v -p 1 -timeout 24m ./test/... | test/no-skips.sh
 
 .PHONY: demo
-demo: build ## show the main job on a real node; as root, installs what it needs
+demo: setup build ## show the main job on a real node; as root, installs what it needs
 	$(GO) build -o bin/demo ./test/cmd/demo
 	bin/demo bin/crishim
 

@@ -71,7 +71,7 @@ func testLog(t *testing.T) logrus.FieldLogger {
 func location(t *testing.T) string {
 	t.Helper()
 	// On the node's disk, not on its overlay or in a tmpfs.
-	dir := filepath.Join("/data", "checkpoints-"+strings.ReplaceAll(t.Name(), "/", "-"))
+	dir := filepath.Join("/data", "checkpoints-"+strings.NewReplacer("/", "-", ",", "").Replace(t.Name()))
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -159,6 +159,51 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 				t.Errorf("the archive's log ends at %d", node.LastCount(log))
 			}
 			node.WaitCount(t, after+5, original.Log)
+		})
+	}
+}
+
+func TestKindsOfPods(t *testing.T) {
+	namespaces := func(o *runtimeapi.NamespaceOption) node.Spec {
+		return node.Spec{
+			Pod: func(p *runtimeapi.PodSandboxConfig) {
+				p.Linux.SecurityContext.NamespaceOptions = o
+				if o.Network == runtimeapi.NamespaceMode_NODE {
+					p.Hostname = "" // it is the node's
+				}
+			},
+			Container: func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions = o },
+		}
+	}
+	container := func(change func(*runtimeapi.ContainerConfig)) node.Spec { return node.Spec{Container: change} }
+	own := runtimeapi.NamespaceMode_CONTAINER
+	for name, spec := range map[string]node.Spec{
+		"shared process namespace": namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_POD}),
+		"hostNetwork":              namespaces(&runtimeapi.NamespaceOption{Pid: own, Network: runtimeapi.NamespaceMode_NODE}),
+		"hostPID":                  namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_NODE}),
+		"hostIPC":                  namespaces(&runtimeapi.NamespaceOption{Pid: own, Ipc: runtimeapi.NamespaceMode_NODE}),
+		"tty":                      container(func(c *runtimeapi.ContainerConfig) { c.Tty = true }),
+		"stdin":                    container(func(c *runtimeapi.ContainerConfig) { c.Stdin = true }),
+		"seccomp, masked and read-only paths": container(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}
+			c.Linux.SecurityContext.NoNewPrivs = true
+			c.Linux.SecurityContext.MaskedPaths = []string{"/proc/keys", "/proc/acpi", "/proc/scsi"}
+			c.Linux.SecurityContext.ReadonlyPaths = []string{"/proc/sys", "/proc/bus"}
+		}),
+		"privileged": {
+			Pod:       func(p *runtimeapi.PodSandboxConfig) { p.Linux.SecurityContext.Privileged = true },
+			Container: func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.Privileged = true },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			containerd, crishim := serve(t)
+			c := containerd.Run(t, spec)
+			node.WaitCount(t, 0, c.Log)
+			path := location(t)
+			if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
+				t.Fatal(err)
+			}
+			node.WaitMore(t, c.Log)
 		})
 	}
 }

@@ -20,7 +20,7 @@ import (
 func HelperMain() int {
 	// The daemon may be dead, and its end of the socket and of stderr with it. That is no reason to die in mid-dump.
 	signal.Ignore(unix.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	signals, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	defer stop()
 	unix.CloseOnExec(3)
 	conn, err := unixConn(3)
@@ -36,8 +36,9 @@ func HelperMain() int {
 		return 2
 	}
 
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
+	defer context.AfterFunc(signals, func() { cancel(errStopped) })()
 	watch := make(chan struct{})
 	go func() {
 		defer close(watch)

@@ -9,11 +9,6 @@ suite=trixie
 criu_suite=forky
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
-if ! command -v debootstrap >/dev/null; then
-	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
-fi
-
 mirror=
 if command -v apt-get >/dev/null; then
 	# Security and third-party archives carry another label.
