@@ -19,12 +19,13 @@ import (
 
 const endless = cri.RuntimeService_GetContainerEvents_FullMethodName
 
-// shutdown runs Shutdown and returns its error and how long it took.
-func shutdown(r *testRelay, limit time.Duration) (error, time.Duration) {
+// shutdown runs Shutdown and returns how long it took, and its error.
+func shutdown(r *testRelay, limit time.Duration) (took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	start := time.Now()
-	return r.Shutdown(ctx), time.Since(start)
+	err = r.Shutdown(ctx)
+	return time.Since(start), err
 }
 
 // TestShutdown: unary calls finish, relayed and served; endless ones are cut at
@@ -81,7 +82,7 @@ func TestShutdown(t *testing.T) {
 	}
 	ended := make(chan end, 1)
 	go func() {
-		err, took := shutdown(relay, 10*time.Second)
+		took, err := shutdown(relay, 10*time.Second)
 		ended <- end{err, took}
 	}()
 	if err := <-cut; status.Code(err) != codes.Unavailable {
@@ -124,7 +125,7 @@ func TestShutdownCuts(t *testing.T) {
 		}()
 		<-hang.entered
 	}
-	err, took := shutdown(relay, 100*time.Millisecond)
+	took, err := shutdown(relay, 100*time.Millisecond)
 	if !errors.Is(err, context.DeadlineExceeded) || took > 3*time.Second {
 		t.Errorf("Shutdown: %v after %v", err, took)
 	}
@@ -142,7 +143,7 @@ func TestShutdownCuts(t *testing.T) {
 func TestShutdownOfNothing(t *testing.T) {
 	relay := newTestRelay(t, Config{})
 	for range 2 {
-		if err, _ := shutdown(relay, 5*time.Second); err != nil {
+		if _, err := shutdown(relay, 5*time.Second); err != nil {
 			t.Error(err)
 		}
 	}
@@ -172,7 +173,7 @@ func TestServeGoesOn(t *testing.T) {
 	if _, err := call(testContext(t), c, "/x.Y/Z", nil); err != nil {
 		t.Error(err)
 	}
-	if err, _ := shutdown(&testRelay{Server: s}, 5*time.Second); err != nil {
+	if _, err := shutdown(&testRelay{Server: s}, 5*time.Second); err != nil {
 		t.Error(err)
 	}
 	if err := <-done; err != nil {

@@ -89,7 +89,6 @@ func TestTransparent(t *testing.T) {
 		method   string
 		messages [][]byte
 		md       []string
-		opts     []grpc.CallOption
 	}
 	var tests []test
 	for _, r := range everyCRI(t) {
