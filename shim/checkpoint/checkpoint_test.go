@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -104,7 +105,7 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 				t.Fatal(err)
 			}
 			path := location(t)
-			request := &runtimeapi.CheckpointContainerRequest{ContainerId: original.ID, Location: path}
+			request := &runtimeapi.CheckpointContainerRequest{ContainerId: original.ID, Location: path, Timeout: math.MaxInt64}
 			if _, err := crishim.CheckpointContainer(t.Context(), request); err != nil {
 				t.Fatal(err)
 			}

@@ -98,6 +98,12 @@ func (s *Service) CheckpointContainer(ctx context.Context, request *runtimeapi.C
 	result, err := s.checkpoint(ctx, request, log)
 	log = log.WithField("seconds", time.Since(start).Seconds())
 	if err != nil {
+		var fromHelper failureError
+		if errors.As(err, &fromHelper) {
+			for _, line := range fromHelper.GetLog() {
+				log.Debugf("criu's log: %s", line)
+			}
+		}
 		err = toStatus(err)
 		log.WithField("code", status.Code(err).String()).Errorf("checkpoint failed: %s", status.Convert(err).Message())
 		return nil, err
@@ -122,7 +128,8 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	defer context.AfterFunc(s.closing, func() { cancel(errDraining) })()
 	if seconds := request.GetTimeout(); seconds > 0 {
 		var cancelTimeout context.CancelFunc
-		ctx, cancelTimeout = context.WithTimeout(ctx, time.Duration(seconds)*time.Second)
+		// A century is for ever, and more of it would overflow.
+		ctx, cancelTimeout = context.WithTimeout(ctx, time.Duration(min(seconds, 1<<32))*time.Second)
 		defer cancelTimeout()
 	}
 
