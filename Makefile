@@ -6,7 +6,7 @@ DESTDIR ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unreleased)
 COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 # One set of flags for every binary, so that they share what is compiled: a cold build is most of the first run's time.
-BUILD = CGO_ENABLED=0 $(GO) build -trimpath
+BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false
 LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 # Packages whose tests run anywhere; what needs a node skips itself outside of one.
 PACKAGES = ./cmd/... ./criu/... ./proto/... ./shim/...

@@ -16,7 +16,7 @@ const CrishimSocket = "/run/crishim/crishim.sock"
 // BuildCrishim builds the binary of the source tree that the working directory is in, as the Makefile does, into dir.
 func BuildCrishim(ctx context.Context, dir string) (path string, err error) {
 	path = filepath.Join(dir, "crishim")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", path, "crishim/cmd/crishim")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-o", path, "crishim/cmd/crishim")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build crishim: %w: %s", err, out)

@@ -40,7 +40,7 @@ func Tool(ctx context.Context, name string) (string, error) {
 	}
 	recipe := strings.Join([]string{runtime.Version(), flags, string(mod), string(sum)}, "\n")
 	return c.entry(ctx, name, recipe, func(temporary string) error {
-		cmd := exec.CommandContext(ctx, "go", "build", "-mod=readonly", "-trimpath", "-ldflags", flags, "-o", temporary, "tool")
+		cmd := exec.CommandContext(ctx, "go", "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", flags, "-o", temporary, "tool")
 		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
 		return output(cmd)
