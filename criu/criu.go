@@ -76,9 +76,18 @@ func (d Dump) Run(ctx context.Context) (Stats, error) {
 	signal.Ignore(unix.SIGXFSZ)
 
 	// Without an established TCP connection there is nothing to lock the pod's network for, and that would cut off its
-	// other containers and its probes too. Where there is one, CRIU says so before it has written any memory.
-	err := d.run(ctx, skipNetworkLock)
-	if errors.Is(err, errConnectedTCP) {
+	// other containers and its probes too.
+	network := skipNetworkLock
+	connected, err := d.Container.connectedTCP()
+	if err != nil {
+		return Stats{}, err
+	}
+	if connected {
+		network = lockNetwork
+	}
+	err = d.run(ctx, network)
+	// One that has come since makes CRIU fail before it has written any memory.
+	if errors.Is(err, errConnectedTCP) && network == skipNetworkLock {
 		if err := removeContent(d.Images); err != nil {
 			return Stats{}, fmt.Errorf("clear images of first attempt: %w", err)
 		}
