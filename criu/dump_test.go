@@ -199,6 +199,21 @@ func TestTheEndOfTheContextRollsBack(t *testing.T) {
 	}
 }
 
+// A deleted file that is still open, and over CRIU's own limit, has to be in the images.
+func TestADeletedFileThatIsOpen(t *testing.T) {
+	running, description := run(t, "runc", "/bin/sh", "-c",
+		"exec 3<>/tmp/deleted; dd if=/dev/zero bs=1M count=4 >&3 2>/dev/null; rm /tmp/deleted; exec workload count")
+	dir := newDir(t)
+	if r := carryOut(t, order{Container: description, Dir: dir}); r.Error != "" {
+		t.Fatal(r.Error)
+	}
+	ghosts, err := filepath.Glob(filepath.Join(dir, "images", "ghost-file-*.img"))
+	if err != nil || len(ghosts) != 1 {
+		t.Errorf("images of deleted files: %q, %v; want one", ghosts, err)
+	}
+	node.WaitMore(t, running.Log)
+}
+
 // The namespace of a mount that nobody has told CRIU of.
 func TestAFailedDumpSaysWhy(t *testing.T) {
 	running, description := run(t, "runc")

@@ -22,8 +22,13 @@ const (
 
 const logFile = "dump.log"
 
+// ghostLimit is how large a deleted file may be, in bytes, that a process still holds open: it goes into the images. CRIU's own
+// limit of 1 MiB is smaller than the temporary files of many a database.
+const ghostLimit = 1 << 30
+
 // options are those that runc sets in (*Container).Checkpoint and crun in libcrun_container_checkpoint_linux_criu, since it is
-// they who restore; LeaveRunning, FileLocks and the network are ours.
+// they who restore; LeaveRunning, FileLocks, the network and
+// the limit for deleted files are ours.
 func (d Dump) options(network networkMode) *rpc.CriuOpts {
 	c := d.Container
 	opts := &rpc.CriuOpts{
@@ -39,6 +44,7 @@ func (d Dump) options(network networkMode) *rpc.CriuOpts {
 		EmptyNs:           proto.Uint32(unix.CLONE_NEWNET),
 		OrphanPtsMaster:   proto.Bool(true),
 		FileLocks:         proto.Bool(true), // a restore without it skips the locks
+		GhostLimit:        proto.Uint32(ghostLimit),
 		TcpSkipInFlight:   proto.Bool(true), // a connection that nobody has accepted yet would fail the dump
 	}
 	switch network {
