@@ -200,12 +200,13 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 	}
-	s.cancel()
+	// The answers before the contexts: a handler whose context has ended may return without one, and an empty answer would go out.
 	s.mu.Lock()
 	for l := range s.links {
 		l.cut("the relay is shutting down: call again")
 	}
 	s.mu.Unlock()
+	s.cancel()
 	select {
 	case <-done:
 		return fmt.Errorf("wait for calls in flight: %w", ctx.Err())
