@@ -50,13 +50,15 @@ func (e *Error) Unsupported() bool {
 
 var errConnectedTCP = errors.New("connected TCP socket")
 
+const noSpaceAdvice = "make room at the location, or choose one on another file system"
+
 // limits are the known ones, found by CRIU's own words.
 var limits = []struct {
 	pattern *regexp.Regexp
 	advice  string
 	err     error
 }{
-	{regexp.MustCompile(`No space left on device`), "make room there, or choose a location on another file system", unix.ENOSPC},
+	{regexp.MustCompile(`No space left on device`), noSpaceAdvice, unix.ENOSPC},
 	{regexp.MustCompile(`Disk quota exceeded`), "raise the quota, or choose a location on another file system", unix.EDQUOT},
 	{regexp.MustCompile(`Connected TCP socket`), "close the connection first", errConnectedTCP},
 	{regexp.MustCompile(`Unsupported proto 262`), "MPTCP sockets cannot be dumped; for a Go server set GODEBUG=multipathtcp=0 in the container", nil},
@@ -79,7 +81,23 @@ func diagnose(work *os.File, err error) error {
 		return &Error{Cause: fmt.Sprintf("%v; there is no log of it (%v)", err, openErr)}
 	}
 	defer file.Close()
-	return diagnoseLog(file, err)
+	result := diagnoseLog(file, err)
+	if result.Advice == "" && full(work) {
+		// The log lies on the same disk, and may end before its own word on that.
+		result.Cause += ": No space left on device"
+		result.Advice, result.err = noSpaceAdvice, unix.ENOSPC
+	}
+	return result
+}
+
+// full says whether the file system has hardly a block or no inode left.
+func full(dir *os.File) bool {
+	const hardly = 64 << 10 // bytes: criu writes its log and images in pieces of up to that
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(dir.Fd()), &fs); err != nil {
+		return false
+	}
+	return fs.Bavail*uint64(fs.Bsize) < hardly || fs.Files > 0 && fs.Ffree == 0
 }
 
 func diagnoseLog(log io.Reader, err error) *Error {

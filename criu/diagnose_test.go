@@ -2,6 +2,8 @@ package criu
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -40,7 +42,7 @@ func TestDiagnoseLog(t *testing.T) {
 		{
 			name: "a full disk, which is no fault of the container's",
 			log:  "(00.1) Error (criu/bfd.c:1): bfd: Error flushing image: No space left on device\n",
-			want: "criu cannot dump the container: bfd: Error flushing image: No space left on device: make room there, or choose a location on another file system",
+			want: "criu cannot dump the container: bfd: Error flushing image: No space left on device: make room at the location, or choose one on another file system",
 			is:   unix.ENOSPC,
 		},
 		{
@@ -89,6 +91,39 @@ func TestDiagnoseKeepsTheEndOfTheLog(t *testing.T) {
 	err := diagnoseLog(strings.NewReader(strings.Repeat("line\n", 30)+"last\n"), errors.New("operation failed"))
 	if len(err.Log) != 20 || err.Log[19] != "last" {
 		t.Errorf("kept %d lines, the last is %q", len(err.Log), err.Log[len(err.Log)-1])
+	}
+}
+
+// On a full disk the log, too, ends where the room ended.
+func TestDiagnoseOfALogCutOffByAFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts a tmpfs")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=128k"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := os.WriteFile(filepath.Join(dir, "dump.log"), []byte("(00.2) Error (criu/page-xfer.c:263): page-xfer: Unable to spice data: No sp"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	work, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer work.Close()
+	if err := diagnose(work, errors.New("operation failed")); errors.Is(err, unix.ENOSPC) {
+		t.Errorf("with room left it is %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "pages-1.img"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("filling the disk: %v", err)
+	}
+	if err := diagnose(work, errors.New("operation failed")); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "No space left on device: make room") {
+		t.Errorf("with none left it is %v", err)
 	}
 }
 
