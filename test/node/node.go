@@ -143,6 +143,7 @@ func (n *Node) run(ctx context.Context, root, pid1 string) error {
 	cmd.Env = environment
 	cmd.ExtraFiles = []*os.File{readyWriter, ownerReader}
 	cmd.Stderr = &stderr
+	cmd.WaitDelay = 5 * time.Second
 	// An interrupt from the terminal is for the owner, who stops the node.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	err = cmd.Start()
@@ -155,6 +156,9 @@ func (n *Node) run(ctx context.Context, root, pid1 string) error {
 	end := context.AfterFunc(ctx, func() { cmd.Process.Kill() })
 	line, err := bufio.NewReader(ready).ReadString('\n')
 	if !end() || err != nil {
+		// unshare may have been killed before it had tied its child's life to its own. Then pid 1 lives until its owner is gone, and
+		// holds stderr open until it ends.
+		n.owner.Close()
 		cmd.Wait()
 		n.process = nil
 		if ctx.Err() != nil {
