@@ -17,20 +17,16 @@ import "time"
 // The names of an archive's members, as its readers (containerd, CRI-O, podman,
 // checkpointctl, the kubelet's end-to-end test) expect them.
 const (
-	ConfigDump    = "config.dump"                   // JSON of Config
-	SpecDump      = "spec.dump"                     // the bundle's OCI config.json, verbatim
-	StatusDump    = "status.dump"                   // JSON of the CRI ContainerStatus
-	NetworkStatus = "network.status"                // podman's
-	BindMounts    = "bind.mounts"                   // JSON array of BindMount
-	DeletedFiles  = "deleted.files"                 // JSON array of paths
-	StatsDump     = "stats-dump"                    // CRIU's statistics
-	DumpLog       = "dump.log"                      // CRIU's log
-	RootfsDiff    = "rootfs-diff.tar"               // changes to the root file system
-	DevShm        = "devshm-checkpoint.tar"         // content of /dev/shm
-	ContainerLog  = "container.log"                 // the container's log, as containerd names it
-	CRIOLog       = "io.kubernetes.cri-o.LogPath"   // the container's log, as CRI-O names it
-	ImagesDir     = "checkpoint"                    // the directory of CRIU's images
-	Descriptors   = ImagesDir + "/descriptors.json" // what fd 0, 1 and 2 were; runc needs it to restore
+	ConfigDump   = "config.dump"           // JSON of Config
+	SpecDump     = "spec.dump"             // the bundle's OCI config.json, verbatim
+	StatusDump   = "status.dump"           // JSON of the CRI ContainerStatus
+	BindMounts   = "bind.mounts"           // JSON array of BindMount
+	DeletedFiles = "deleted.files"         // JSON array of paths
+	StatsDump    = "stats-dump"            // CRIU's statistics
+	RootfsDiff   = "rootfs-diff.tar"       // changes to the root file system
+	DevShm       = "devshm-checkpoint.tar" // content of /dev/shm
+	ContainerLog = "container.log"         // the container's log, as containerd names it
+	ImagesDir    = "checkpoint"            // the directory of CRIU's images
 )
 
 // Config is the content of config.dump. Its times are written as RFC 3339.

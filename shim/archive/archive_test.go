@@ -74,7 +74,7 @@ func fill(t *testing.T, s *Staging) map[string][]byte {
 		"dump.log":                 []byte("log"),
 		"spec.dump":                []byte("{}"),
 		"deleted.files":            []byte("[]"),
-		Descriptors:                []byte(`["/dev/null","pipe:[1]","pipe:[2]"]`),
+		ImagesDir + "/descriptors.json":                []byte(`["/dev/null","pipe:[1]","pipe:[2]"]`),
 		strings.Repeat("n", 150):   []byte("a long name"),
 	}
 	for name, data := range members {

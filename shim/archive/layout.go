@@ -65,7 +65,7 @@ func layout(members []member, now time.Time) ([]entry, int64, error) {
 
 // rank is a member's place in the order, before names decide.
 func rank(m member) int {
-	metadata := []string{ConfigDump, SpecDump, StatusDump, NetworkStatus, BindMounts, DeletedFiles, StatsDump}
+	metadata := []string{ConfigDump, SpecDump, StatusDump, BindMounts, DeletedFiles, StatsDump}
 	if i := slices.Index(metadata, m.name); i >= 0 {
 		return i
 	}
