@@ -63,19 +63,19 @@ func fill(t *testing.T, s *Staging) map[string][]byte {
 	big := make([]byte, 2*bigSize+77)
 	rand.Read(big)
 	members := map[string][]byte{
-		"container.log":            []byte("hello\n"),
-		"rootfs-diff.tar":          make([]byte, 1024),
-		"checkpoint/pages-1.img":   big,
-		"checkpoint/pages-2.img":   big[:bigSize],
-		"checkpoint/inventory.img": []byte("inventory"),
-		"checkpoint/core-1.img":    bytes.Repeat([]byte("c"), 512),
-		"checkpoint/empty.img":     {},
-		"stats-dump":               []byte("stats"),
-		"dump.log":                 []byte("log"),
-		"spec.dump":                []byte("{}"),
-		"deleted.files":            []byte("[]"),
-		ImagesDir + "/descriptors.json":                []byte(`["/dev/null","pipe:[1]","pipe:[2]"]`),
-		strings.Repeat("n", 150):   []byte("a long name"),
+		"container.log":                 []byte("hello\n"),
+		"rootfs-diff.tar":               make([]byte, 1024),
+		"checkpoint/pages-1.img":        big,
+		"checkpoint/pages-2.img":        big[:bigSize],
+		"checkpoint/inventory.img":      []byte("inventory"),
+		"checkpoint/core-1.img":         bytes.Repeat([]byte("c"), 512),
+		"checkpoint/empty.img":          {},
+		"stats-dump":                    []byte("stats"),
+		"dump.log":                      []byte("log"),
+		"spec.dump":                     []byte("{}"),
+		"deleted.files":                 []byte("[]"),
+		ImagesDir + "/descriptors.json": []byte(`["/dev/null","pipe:[1]","pipe:[2]"]`),
+		strings.Repeat("n", 150):        []byte("a long name"),
 	}
 	for name, data := range members {
 		must(t, s.WriteFile(name, data))
