@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"sync"
 
 	gocriu "github.com/checkpoint-restore/go-criu/v7"
 	"golang.org/x/sys/unix"
@@ -60,7 +61,8 @@ type Dump struct {
 	Images    *os.File // directory for CRIU's images
 	Work      *os.File // directory for dump.log and stats-dump
 	// PostDump is called once, when all images are written and the tasks are still stopped. An error from it fails the
-	// dump. It is called on the goroutine that called Run.
+	// dump. It runs in a goroutine of its own: when ctx ends before it has returned, as it may where a disk has stalled, the
+	// tasks go on at once, and Run waits for it after that.
 	PostDump func() error
 }
 
@@ -122,6 +124,7 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	if cleanupErr := criu.Cleanup(); err == nil && cleanupErr != nil {
 		err = cleanupErr
 	}
+	hook.running.Wait()
 	switch {
 	case err == nil:
 		return nil
@@ -139,7 +142,8 @@ type notify struct {
 	ctx      context.Context
 	aborter  *aborter
 	postDump func() error
-	err      error // what PostDump failed with
+	running  sync.WaitGroup // the caller's PostDump
+	err      error          // what PostDump failed with
 }
 
 // PostDump is the last moment at which the dump can be stopped. From its return on criu only unlocks and resumes, and a
@@ -149,10 +153,22 @@ func (n *notify) PostDump() error {
 	if n.err != nil {
 		n.err = context.Cause(n.ctx)
 	} else if n.postDump != nil {
-		n.err = n.postDump()
+		n.err = n.capture()
 	}
 	if n.err == nil && n.aborter.stop() {
 		n.err = context.Cause(n.ctx)
 	}
 	return n.err
+}
+
+// capture runs the caller's PostDump, for as long as the context lasts.
+func (n *notify) capture() error {
+	result := make(chan error, 1)
+	n.running.Go(func() { result <- n.postDump() })
+	select {
+	case err := <-result:
+		return err
+	case <-n.ctx.Done():
+		return context.Cause(n.ctx)
+	}
 }

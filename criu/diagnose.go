@@ -140,7 +140,7 @@ func diagnoseLog(log io.Reader, err error) *Error {
 		result.Cause = fmt.Sprintf("its log names no cause (%v)", err)
 	}
 	if len(result.Cause) > maxCause {
-		result.Cause = result.Cause[:maxCause] + "…"
+		result.Cause = strings.ToValidUTF8(result.Cause[:maxCause], "") + "…"
 	}
 	return result
 }

@@ -30,6 +30,7 @@ type order struct {
 	Container    criu.Container
 	Dir          string
 	PostDumpFail string        // fail in PostDump with this
+	PostDumpHang bool          // end the context in PostDump, and return 2 s later
 	Timeout      time.Duration // end the context after this
 	Cancelled    bool          // end it before the start
 }
@@ -40,6 +41,7 @@ type report struct {
 	Error     string
 	PostDumps int
 	Stopped   string // state of the init process in PostDump
+	Later     string // and at the end of one that hangs
 }
 
 func dumpMain() int {
@@ -87,6 +89,13 @@ func dump(o order) (r report, err error) {
 		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.Container.Pid))
 		_, after, _ := strings.Cut(string(status), "State:")
 		r.Stopped = strings.TrimSpace(after[:strings.IndexByte(after, '\n')])
+		if o.PostDumpHang {
+			cancel()
+			time.Sleep(2 * time.Second)
+			status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.Container.Pid))
+			_, after, _ := strings.Cut(string(status), "State:")
+			r.Later = strings.TrimSpace(after[:strings.IndexByte(after, '\n')])
+		}
 		if o.PostDumpFail != "" {
 			return errors.New(o.PostDumpFail)
 		}
@@ -180,6 +189,19 @@ func TestAnErrorInPostDumpRollsBack(t *testing.T) {
 	r := carryOut(t, order{Container: description, Dir: newDir(t), PostDumpFail: "no room"})
 	if r.Error != "no room" || r.PostDumps != 1 {
 		t.Errorf("error is %q after %d calls, want PostDump's own after one", r.Error, r.PostDumps)
+	}
+	node.WaitMore(t, running.Log)
+}
+
+// A disk may stall while files are captured. The container does not wait for it.
+func TestACaptureThatHangsIsLeftBehind(t *testing.T) {
+	running, description := run(t, "runc")
+	r := carryOut(t, order{Container: description, Dir: newDir(t), PostDumpHang: true})
+	if r.Error != context.Canceled.Error() {
+		t.Errorf("error is %q, want that of the context", r.Error)
+	}
+	if !strings.HasPrefix(r.Later, "S") && !strings.HasPrefix(r.Later, "R") {
+		t.Errorf("2 s after the end of the context the process is %s, want running", r.Later)
 	}
 	node.WaitMore(t, running.Log)
 }
