@@ -6,7 +6,6 @@ package shim
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -82,8 +81,10 @@ func Run(ctx context.Context, config Config) error {
 	config.Log.WithFields(logrus.Fields{"listen": listener.Addr().String(), "runtime": runtimePath}).Info("serving")
 	notifySystemd(config.Log, daemon.SdNotifyReady)
 
+	broken := false
 	select {
 	case err = <-served: // the listener broke
+		broken = true
 	case <-ctx.Done():
 	}
 	notifySystemd(config.Log, daemon.SdNotifyStopping)
@@ -93,13 +94,16 @@ func Run(ctx context.Context, config Config) error {
 	checkpoints.Drain(drain)
 	end, cancelEnd := context.WithTimeout(context.Background(), relayTimeout)
 	defer cancelEnd()
-	shutdownErr := kubelet.Shutdown(end)
-	<-probe
-	if ctx.Err() != nil {
+	if shutdownErr := kubelet.Shutdown(end); shutdownErr != nil {
+		// A long pull or exec: its caller has been told, and the end was asked for.
+		config.Log.Warnf("calls were cut at shutdown: %v", shutdownErr)
+	}
+	if !broken {
 		err = <-served
 	}
+	<-probe
 	config.Log.Info("bye")
-	return errors.Join(err, shutdownErr)
+	return err
 }
 
 // dialRuntime returns a client for what crishim itself asks of the runtime. It connects when it is used, and comes back as

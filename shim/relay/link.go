@@ -109,7 +109,13 @@ func (l *link) run() {
 // readPreface reads what every HTTP/2 client sends first, without waiting for
 // anything. The SETTINGS are valid until the next frame is read.
 func (l *link) readPreface(in *frameReader) (frame, error) {
+	l.mu.Lock()
+	if l.ended { // whose deadline must not be moved
+		l.mu.Unlock()
+		return frame{}, net.ErrClosed
+	}
 	l.client.conn.SetReadDeadline(time.Now().Add(prefaceTimeout))
+	l.mu.Unlock()
 	magic := make([]byte, len(http2.ClientPreface))
 	if _, err := io.ReadFull(in.br, magic); err != nil {
 		return frame{}, fmt.Errorf("read preface: %w", err)
