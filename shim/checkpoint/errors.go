@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -28,10 +29,13 @@ func (e failureError) Error() string { return e.GetMessage() }
 
 // failure says in the helper why a checkpoint failed.
 func failure(err error) *crishimv1.Failure {
-	f := &crishimv1.Failure{Message: err.Error()}
+	// A process may have any bytes for its name, and protobuf has only UTF-8 for strings.
+	f := &crishimv1.Failure{Message: strings.ToValidUTF8(err.Error(), "?")}
 	var dump *criu.Error
 	if errors.As(err, &dump) {
-		f.Log = dump.Log
+		for _, line := range dump.Log {
+			f.Log = append(f.Log, strings.ToValidUTF8(line, "?"))
+		}
 	}
 	switch {
 	case errors.Is(err, errStopped):

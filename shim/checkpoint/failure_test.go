@@ -116,7 +116,7 @@ func TestAStoppedCheckpointLeavesNothing(t *testing.T) {
 				t.Fatalf("error is %v, want %s", err, test.want)
 			}
 			// The client has its answer from its own end of the call; the service works on for a moment.
-			waitGone(t, filepath.Dir(path), time.Second)
+			waitGone(t, filepath.Dir(path), 5*time.Second)
 			unharmed(t, c, path)
 		})
 	}
