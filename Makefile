@@ -41,15 +41,15 @@ test: setup lint build test-node test-e2e ## all tests; as root, installs what i
 .PHONY: test-node
 test-node: bin/testnode
 	bin/testnode build
-	timeout 15m $(GO) test -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
-	timeout 10m $(GO) test -race -v -exec '$(CURDIR)/bin/testnode run --cgroup-v2 --' \
+	timeout 15m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
+	timeout 10m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --cgroup-v2 --' \
 		./criu ./shim/container ./shim/checkpoint | test/no-skips.sh
 
-# Whole nodes with a kubelet, driven from the host.
+# Whole nodes with a kubelet, driven from the host. Go's cache of results does not know of the binary that they build: -count=1.
 .PHONY: test-e2e
 test-e2e: bin/testnode
 	bin/testnode build
-	timeout 25m $(GO) test -race -v -p 1 -timeout 24m ./test/... | test/no-skips.sh
+	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m ./test/... | test/no-skips.sh
 
 .PHONY: demo
 demo: setup build ## show the main job on a real node; as root, installs what it needs

@@ -138,7 +138,7 @@ func readByCheckpointctl(t *testing.T, n *node.Node, path, pod string) {
 func TestWhatTheKubeletRefuses(t *testing.T) {
 	n, _ := start(t, node.Options{})
 	k := startKubelet(t, n, "1.34", node.CrishimSocket)
-	runPod(t, k, node.Pod{Name: "ends", Command: []string{"/bin/sh", "-c", "sleep 1"}, Spec: map[string]any{"restartPolicy": "Never"}})
+	runPod(t, k, node.Pod{Name: "ends", Command: []string{"/bin/sh", "-c", "sleep 5"}, Spec: map[string]any{"restartPolicy": "Never"}})
 	pod := k.PodName("counter")
 	// The kubelet asks the runtime which containers run before it asks for a checkpoint, so this answer is its own unless
 	// the container ends in between.
