@@ -27,8 +27,7 @@ const logFile = "dump.log"
 const ghostLimit = 1 << 30
 
 // options are those that runc sets in (*Container).Checkpoint and crun in libcrun_container_checkpoint_linux_criu, since it is
-// they who restore; LeaveRunning, FileLocks, the network and
-// the limit for deleted files are ours.
+// they who restore; LeaveRunning, FileLocks, the network and the limit for deleted files are ours.
 func (d Dump) options(network networkMode) *rpc.CriuOpts {
 	c := d.Container
 	opts := &rpc.CriuOpts{

@@ -12,7 +12,6 @@ import (
 
 // info is what containerd's verbose ContainerStatus says beyond the CRI.
 type info struct {
-	SandboxID      string `json:"sandboxID"`
 	Pid            int    `json:"pid"`
 	RuntimeType    string `json:"runtimeType"`
 	RuntimeOptions struct {
