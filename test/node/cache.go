@@ -23,6 +23,29 @@ import (
 //go:embed root.sh
 var rootRecipe string
 
+//go:embed layer.sh
+var layerRecipe string
+
+// Root is a root file system that a node can have.
+type Root string
+
+// The roots. Each holds what Containerd17 does, and more.
+const (
+	Containerd17 Root = ""             // containerd 1.7, runc, crun, CRIU
+	Containerd2  Root = "containerd-2" // containerd 2.1 or later in its place, which has a CheckpointContainer and restores
+	Podman       Root = "podman"
+	Docker       Root = "docker"
+)
+
+// packages are those that a root has beyond Containerd17, after the suite that they come from.
+func (r Root) packages() []string {
+	return map[Root][]string{
+		Containerd2: {"forky", "containerd", "runc"},
+		Podman:      {"trixie", "podman"},
+		Docker:      {"trixie", "docker.io"},
+	}[r]
+}
+
 // cache is the directory of everything that is built once: $CRISHIM_TEST_CACHE, or crishim-test in the user's cache
 // directory. Its entries are immutable and named for what they were built from.
 type cache string
@@ -101,13 +124,36 @@ func (c cache) entry(ctx context.Context, name, recipe string, build func(tempor
 	return path, nil
 }
 
-// root is the file system that all nodes have as their lower layer.
+// root is the file system of Containerd17.
 func (c cache) root(ctx context.Context) (string, error) {
 	return c.entry(ctx, "root", rootRecipe, func(temporary string) error {
-		cmd := exec.CommandContext(ctx, "unshare", "-m", "-p", "-f", "--mount-proc", "--propagation", "private", "--kill-child",
-			"sh", "-c", rootRecipe, "root.sh", temporary)
-		return output(cmd)
+		return recipe(ctx, rootRecipe, temporary)
 	})
+}
+
+// lower returns the lower layers of a node with a root, uppermost first, in the form of overlay's option lowerdir.
+func (c cache) lower(ctx context.Context, kind Root) (string, error) {
+	root, err := c.root(ctx)
+	if err != nil || kind == Containerd17 {
+		return root, err
+	}
+	packages := kind.packages()
+	if packages == nil {
+		return "", fmt.Errorf("build root: there is none called %q", kind)
+	}
+	layer, err := c.entry(ctx, "root-"+string(kind), fmt.Sprint(rootRecipe, layerRecipe, packages), func(temporary string) error {
+		if err := os.RemoveAll(temporary + ".work"); err != nil { // of one that was interrupted
+			return err
+		}
+		return recipe(ctx, layerRecipe, append([]string{root, temporary}, packages...)...)
+	})
+	return layer + ":" + root, err
+}
+
+// recipe runs a shell script in mount and process namespaces of its own.
+func recipe(ctx context.Context, script string, args ...string) error {
+	return output(exec.CommandContext(ctx, "unshare", append([]string{"-m", "-p", "-f", "--mount-proc", "--propagation", "private",
+		"--kill-child", "sh", "-c", script, "recipe"}, args...)...))
 }
 
 // program is a static executable of Go sources that need nothing but the standard library.

@@ -33,6 +33,8 @@ import (
 type Options struct {
 	// Hostname is the name of the node, "node" if empty.
 	Hostname string
+	// Root is what is installed in it.
+	Root Root
 	// Binds are mounted before anything runs in the node.
 	Binds []Bind
 	// CgroupV2 gives a node on a host with cgroup v1 nothing but the unified hierarchy. It has the freezer there, and no
@@ -86,7 +88,7 @@ func Start(ctx context.Context, options Options) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := c.root(ctx)
+	lower, err := c.lower(ctx, options.Root)
 	if err != nil {
 		return nil, err
 	}
@@ -101,14 +103,14 @@ func Start(ctx context.Context, options Options) (*Node, error) {
 	if err := n.reserve(ctx); err != nil {
 		return nil, fmt.Errorf("start node: %w", err)
 	}
-	if err := n.run(ctx, root, pid1); err != nil {
+	if err := n.run(ctx, lower, pid1); err != nil {
 		return nil, errors.Join(fmt.Errorf("start node: %w", err), n.Stop())
 	}
 	return n, nil
 }
 
 // run starts pid 1 in the node's cgroups and namespaces, and waits until it is ready.
-func (n *Node) run(ctx context.Context, root, pid1 string) error {
+func (n *Node) run(ctx context.Context, lower, pid1 string) error {
 	var err error
 	if n.cgroups, err = newCgroups(filepath.Base(n.scratch), n.options.CgroupV2); err != nil {
 		return err
@@ -118,7 +120,7 @@ func (n *Node) run(ctx context.Context, root, pid1 string) error {
 		Data                     []string
 		Binds                    []Bind
 		Cgroups                  []cgroupMount
-	}{n.hostname, root, n.scratch, data, n.options.Binds, n.cgroups.mounts()})
+	}{n.hostname, lower, n.scratch, data, n.options.Binds, n.cgroups.mounts()})
 	if err != nil {
 		return err
 	}

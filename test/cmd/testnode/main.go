@@ -1,9 +1,10 @@
 // Command testnode runs commands in a test node, see package node.
 //
 //	testnode build                        build all that is kept in the cache
-//	testnode run [--cgroup-v2] [--] COMMAND [ARGUMENT…]
+//	testnode run [--cgroup-v2] [--root=NAME] [--] COMMAND [ARGUMENT…]
 //	                                      run a command in a new node with containerd, in the current directory
-//	testnode shell [--cgroup-v2]          the same, with a shell
+//	testnode shell [--cgroup-v2] [--root=NAME]
+//	                                      the same, with a shell
 //	testnode sweep                        remove what killed nodes left
 //
 // It is made for "go test -exec 'testnode run --'": the source tree and the directory of the command are visible in the
@@ -24,7 +25,7 @@ import (
 	"crishim/test/node"
 )
 
-const usage = "usage: testnode build | run [--cgroup-v2] [--] COMMAND [ARGUMENT…] | shell [--cgroup-v2] | sweep"
+const usage = "usage: testnode build | run [--cgroup-v2] [--root=NAME] [--] COMMAND [ARGUMENT…] | shell [--cgroup-v2] [--root=NAME] | sweep"
 
 func main() {
 	code, err := run(os.Args[1:])
@@ -58,10 +59,14 @@ func run(args []string) (code int, err error) {
 		if option == "--" {
 			break
 		}
-		if option != "--cgroup-v2" {
+		switch name, isRoot := strings.CutPrefix(option, "--root="); {
+		case option == "--cgroup-v2":
+			options.CgroupV2 = true
+		case isRoot:
+			options.Root = node.Root(name)
+		default:
 			return 0, fmt.Errorf("unknown option %s; %s", option, usage)
 		}
-		options.CgroupV2 = true
 	}
 	switch {
 	case command == "build" && len(args) == 0:

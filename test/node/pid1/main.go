@@ -21,7 +21,7 @@ import (
 // spec is written by package node.
 type spec struct {
 	Hostname string
-	// Lower is the cached root, Scratch an empty directory of this node.
+	// Lower is the cached root, or several layers of it divided by colons, Scratch an empty directory of this node.
 	Lower, Scratch string
 	// Data are directories of the node that lie on the file system of Scratch instead of the overlay, which cannot be
 	// the upper layer of another overlay.
