@@ -51,7 +51,7 @@ func stage(t *testing.T, path string) *Staging {
 	l, err := OpenLocation(path)
 	must(t, err)
 	t.Cleanup(func() { l.Close() })
-	s, err := l.Stage()
+	s, err := l.Stage(StagingName())
 	must(t, err)
 	t.Cleanup(func() { must(t, s.Remove()) })
 	return s
@@ -462,7 +462,7 @@ func TestStageOnFullDisk(t *testing.T) {
 	l, err := OpenLocation(dir + "/a.tar")
 	must(t, err)
 	defer l.Close()
-	if _, err := l.Stage(); !errors.Is(err, unix.ENOSPC) {
+	if _, err := l.Stage(StagingName()); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("Stage = %v, want ENOSPC", err)
 	}
 	if after := tree(t, dir); after != before {

@@ -31,11 +31,17 @@ type Staging struct {
 	removed  bool
 }
 
-// Stage makes a staging directory, mode 0700 and root's. Whatever happens
-// next, the caller ends it with Remove, while l is open. A process that dies
-// without leaves a directory that is named .crishim-*.
-func (l *Location) Stage() (*Staging, error) {
-	s := &Staging{location: l, name: stagingPrefix + rand.Text()}
+// StagingName returns a name for a staging directory that no other has. Whoever
+// keeps it can Discard the directory of a process that has died.
+func StagingName() string { return stagingPrefix + rand.Text() }
+
+// Stage makes a staging directory with a name from StagingName, mode 0700 and
+// root's. Whatever happens next, the caller ends it with Remove, while l is open.
+func (l *Location) Stage(name string) (*Staging, error) {
+	if err := checkStagingName(name); err != nil {
+		return nil, fmt.Errorf("make staging directory: %w", err)
+	}
+	s := &Staging{location: l, name: name}
 	var err error
 	if s.dir, err = makeDirectory(l.dir, s.name); err != nil {
 		return nil, fmt.Errorf("make staging directory: %w", explain(l.dir, err))
@@ -45,6 +51,31 @@ func (l *Location) Stage() (*Staging, error) {
 		return nil, errors.Join(err, s.Remove())
 	}
 	return s, nil
+}
+
+// Discard removes the staging directory called name that a process has left which
+// was to publish at location and has died. It is for when nothing writes there any
+// more. That there is none is no error; what is at the location itself stays.
+func Discard(location, name string) error {
+	if err := checkStagingName(name); err != nil {
+		return fmt.Errorf("remove staging directory: %w", err)
+	}
+	dir, err := openDirectory(filepath.Dir(location))
+	if err != nil {
+		return fmt.Errorf("remove staging directory %s: %w", name, err)
+	}
+	defer dir.Close()
+	if err := removeTree(dir, name); err != nil {
+		return fmt.Errorf("remove staging directory: %w", err)
+	}
+	return nil
+}
+
+func checkStagingName(name string) error {
+	if rest, ok := strings.CutPrefix(name, stagingPrefix); !ok || rest == "" || strings.Contains(rest, "/") {
+		return fmt.Errorf("%q is not the name of one", name)
+	}
+	return nil
 }
 
 // makeDirectory makes a directory that did not exist and opens it. If it returns

@@ -155,6 +155,62 @@ func waitGone(t *testing.T, dir string, limit time.Duration) {
 	}
 }
 
+func TestAHelperThatIsKilledLeavesNothing(t *testing.T) {
+	containerd, crishim := serve(t)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "1024"}})
+	node.WaitCount(t, 0, c.Log)
+	path := location(t)
+	killed := make(chan struct{})
+	go func() {
+		defer close(killed)
+		dumping(t, path)
+		kill(t, helpers(t)...)
+	}()
+	_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
+	<-killed
+	if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "signal: killed): criu has rolled back, and the container runs on") {
+		t.Errorf("error is %v, want Internal and a word on the container", err)
+	}
+	unharmed(t, c, path)
+	if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
+		t.Errorf("the next checkpoint: %v", err)
+	}
+}
+
+// helpers are the pids of the helpers that this process has started.
+func helpers(t *testing.T) []int {
+	t.Helper()
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pids []int
+	for _, dir := range dirs {
+		arguments, _ := os.ReadFile(dir + "/cmdline") // empty for one that has ended
+		if !strings.HasSuffix(string(arguments), "\x00"+checkpoint.HelperCommand+"\x00") {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, pid)
+	}
+	return pids
+}
+
+func kill(t *testing.T, pids ...int) {
+	t.Helper()
+	if len(pids) == 0 {
+		t.Error("there is no process to kill")
+	}
+	for _, pid := range pids {
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestOneCheckpointOfAContainerAtATime(t *testing.T) {
 	containerd, crishim := serve(t)
 	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})

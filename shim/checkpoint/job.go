@@ -23,6 +23,7 @@ func newJob(location, criu string, c *container.Container) (*crishimv1.Job, erro
 		Location: location,
 		Criu:     criu,
 		Members:  members,
+		Staging:  archive.StagingName(),
 		Container: &crishimv1.Container{
 			Id:             c.Status.GetId(),
 			Pid:            int32(c.Process.Pid),

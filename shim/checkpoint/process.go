@@ -14,7 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protodelim"
 
+	"crishim/criu"
 	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/archive"
 )
 
 // HelperCommand is the argument by which the binary, started again, becomes a helper.
@@ -51,11 +53,17 @@ func runHelper(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1
 	}
 	// The end of the stream stops the helper; it still answers.
 	stop := context.AfterFunc(ctx, func() { _ = conn.CloseWrite() })
-	result, err := readResult(conn, progress)
+	var phase crishimv1.Phase
+	result, err := readResult(conn, func(p *crishimv1.Progress) {
+		phase = p.GetPhase()
+		progress(p)
+	})
 	stop()
-	if waitErr := cmd.Wait(); err != nil {
-		return nil, fmt.Errorf("the checkpoint helper ended without an answer (%w); whether the container runs is not known: look at it", errors.Join(err, waitErr))
+	if err != nil {
+		return nil, died(cmd, job, phase, err)
 	}
+	// Its exit code says what its result has said.
+	_ = cmd.Wait()
 	f := result.GetFailure()
 	switch {
 	case f == nil:
@@ -64,6 +72,34 @@ func runHelper(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1
 		return nil, fmt.Errorf("%s: %w; the container runs on", f.GetMessage(), context.Cause(ctx))
 	}
 	return nil, failureError{f}
+}
+
+// died undoes what a helper has left that ended without an answer, as when the kernel killed it for want of memory, and says how
+// matters stand.
+func died(cmd *exec.Cmd, job *crishimv1.Job, phase crishimv1.Phase, cause error) error {
+	_ = cmd.Process.Kill() // it is dead, or talks nonsense
+	// The container stands still until criu has gone, whether anybody waits for the answer or not. As long as the helper has
+	// not been waited for, its pid, which is its session's number, is nobody else's.
+	found, err := criu.StopOrphan(context.Background(), job.GetCriu(), cmd.Process.Pid)
+	if waitErr := cmd.Wait(); waitErr != nil {
+		cause = waitErr
+	}
+	state := "it was not at work on the container"
+	switch {
+	case found:
+		state = "criu has rolled back, and the container runs on"
+	case phase == crishimv1.Phase_PHASE_DUMP, phase == crishimv1.Phase_PHASE_CAPTURE:
+		state = "criu is gone, too: look whether the container runs"
+	case phase == crishimv1.Phase_PHASE_PUBLISH:
+		state = "the container runs on; if there is an archive at the location, it is whole"
+	case phase == crishimv1.Phase_PHASE_ASSEMBLE:
+		state = "the container runs on"
+	}
+	err = errors.Join(err, archive.Discard(job.GetLocation(), job.GetStaging()))
+	if err != nil {
+		return fmt.Errorf("the checkpoint helper died (%w): %s; clean up by hand: %w", cause, state, err)
+	}
+	return fmt.Errorf("the checkpoint helper died (%w): %s; nothing of the checkpoint is left: try again", cause, state)
 }
 
 func readResult(conn io.Reader, progress func(*crishimv1.Progress)) (*crishimv1.Result, error) {

@@ -24,14 +24,13 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		return nil, err
 	}
 	defer location.Close()
-	process := processOf(job.GetContainer())
-	pidfd, err := process.Pin()
+	process, err := processOf(job.GetContainer()).Pin()
 	if err != nil {
 		return nil, err
 	}
-	defer pidfd.Close()
+	defer process.Close()
 
-	staging, err := location.Stage()
+	staging, err := location.Stage(job.GetStaging())
 	if err != nil {
 		return nil, err
 	}
@@ -113,7 +112,7 @@ func criuContainer(c *crishimv1.Container) criu.Container {
 // capture takes what belongs to the memory but is not in CRIU's images, while the tasks are still stopped.
 type capture struct {
 	container *crishimv1.Container
-	process   container.Process
+	process   *container.Pinned
 	staging   *archive.Staging
 
 	log     *os.File // held since the capture, nil where there is none
@@ -160,7 +159,7 @@ func (c *capture) shm(ctx context.Context) error {
 	if !c.container.GetShm() {
 		return nil
 	}
-	dir, err := openInContainer(c.process.Pid, "dev/shm")
+	dir, err := openInContainer(int(c.container.GetPid()), "dev/shm")
 	if err != nil {
 		return err
 	}

@@ -73,12 +73,24 @@ func TestProcess(t *testing.T) {
 			t.Errorf("verify with another %s: %v, want ErrNotRunning", name, err)
 		}
 	}
-	pidfd, err := p.Pin()
+	pinned, err := p.Pin()
 	if err != nil {
 		t.Fatal(err)
 	}
-	pidfd.Close()
+	defer pinned.Close()
+	if err := pinned.Verify(); err != nil {
+		t.Errorf("verify the pinned process: %v", err)
+	}
 	end()
+	// As if its pid had been given to one that looks the same.
+	self, err := FindProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pinned.process = self
+	if err := pinned.Verify(); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("verify a pinned process that has ended: %v, want ErrNotRunning", err)
+	}
 	if err := p.Verify(); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("verify a process that has ended: %v, want ErrNotRunning", err)
 	}

@@ -49,19 +49,44 @@ func (p Process) Verify() error {
 	return nil
 }
 
-// Pin verifies the process and returns a pidfd (Linux 5.3) of it, which the caller closes. While it is open the pid may be
-// freed, but whether the process has ended can be seen without a race.
-func (p Process) Pin() (*os.File, error) {
-	fd, err := unix.PidfdOpen(p.Pid, 0)
+// Pin verifies the process and holds on to it by a pidfd (Linux 5.3).
+func (p Process) Pin() (*Pinned, error) {
+	pidfd, err := unix.PidfdOpen(p.Pid, 0)
 	if err != nil {
 		return nil, gone(p.Pid, err)
 	}
-	pidfd := os.NewFile(uintptr(fd), fmt.Sprintf("pidfd of %d", p.Pid))
-	if err := p.Verify(); err != nil {
-		return nil, errors.Join(err, pidfd.Close())
+	pinned := &Pinned{process: p, pidfd: pidfd}
+	if err := pinned.Verify(); err != nil {
+		pinned.Close()
+		return nil, err
 	}
-	return pidfd, nil
+	return pinned, nil
 }
+
+// Pinned is a process that cannot be taken for another one: not even by one that got its pid within the same clock tick.
+type Pinned struct {
+	process Process
+	pidfd   int
+}
+
+// Verify says whether the process lives and is in the same cgroup.
+func (p *Pinned) Verify() error {
+	// A pidfd becomes readable with the end of its process; until then the pid is this process's.
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}}, 0)
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Poll([]unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}}, 0)
+	}
+	if err != nil {
+		return fmt.Errorf("poll pidfd of process %d: %w", p.process.Pid, err)
+	}
+	if n > 0 {
+		return fmt.Errorf("%w: process %d has ended", ErrNotRunning, p.process.Pid)
+	}
+	return p.process.Verify()
+}
+
+// Close lets go of the process.
+func (p *Pinned) Close() { unix.Close(p.pidfd) }
 
 func startTime(pid int) (uint64, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))

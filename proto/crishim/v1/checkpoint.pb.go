@@ -162,7 +162,10 @@ type Job struct {
 	Criu      string     `protobuf:"bytes,2,opt,name=criu,proto3" json:"criu,omitempty"`
 	Container *Container `protobuf:"bytes,3,opt,name=container,proto3" json:"container,omitempty"`
 	// Members of the archive whose content the daemon has already, such as config.dump.
-	Members       []*Member `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	Members []*Member `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	// Name of the staging directory beside the location. It is the daemon's to choose, so that it can remove what a helper
+	// leaves that was killed.
+	Staging       string `protobuf:"bytes,5,opt,name=staging,proto3" json:"staging,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -223,6 +226,13 @@ func (x *Job) GetMembers() []*Member {
 		return x.Members
 	}
 	return nil
+}
+
+func (x *Job) GetStaging() string {
+	if x != nil {
+		return x.Staging
+	}
+	return ""
 }
 
 // Container describes a running container as the dump needs it. Paths are those of the daemon's own mount namespace
@@ -782,12 +792,13 @@ var File_crishim_v1_checkpoint_proto protoreflect.FileDescriptor
 const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"\x1bcrishim/v1/checkpoint.proto\x12\n" +
-	"crishim.v1\"\x98\x01\n" +
+	"crishim.v1\"\xb2\x01\n" +
 	"\x03Job\x12\x1a\n" +
 	"\blocation\x18\x01 \x01(\tR\blocation\x12\x12\n" +
 	"\x04criu\x18\x02 \x01(\tR\x04criu\x123\n" +
 	"\tcontainer\x18\x03 \x01(\v2\x15.crishim.v1.ContainerR\tcontainer\x12,\n" +
-	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\"\xa3\x03\n" +
+	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\x12\x18\n" +
+	"\astaging\x18\x05 \x01(\tR\astaging\"\xa3\x03\n" +
 	"\tContainer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12\x1d\n" +
