@@ -26,6 +26,14 @@ type Features struct {
 	// Missing is what `criu check` finds wanting in the kernel or in our privileges; a dump may fail or not, as it needs
 	// them. Empty where all is well.
 	Missing []string
+
+	file identity
+}
+
+// identity tells a file from what is put in its place, and from itself after a change.
+type identity struct {
+	device, inode uint64
+	changed       unix.Timespec
 }
 
 // VersionString is the version as people write it, "4.2.1".
@@ -45,20 +53,11 @@ var ErrUnavailable = errors.New("CRIU is not available")
 // Probe looks for CRIU at path, or in PATH where path has no slash, and asks it what it and the kernel can do. The errors
 // wrap ErrUnavailable unless ctx has ended.
 func Probe(ctx context.Context, path string) (Features, error) {
-	found, err := exec.LookPath(path)
+	f, err := find(path)
 	if err != nil {
-		return Features{}, fmt.Errorf("%w: no executable %q: install the package criu, or name the binary by --criu", ErrUnavailable, path)
-	}
-	if found, err = filepath.Abs(found); err != nil {
 		return Features{}, err
 	}
-	// With the process, because Features is what Run is given: a path that anybody can replace is not a path to trust.
-	var st unix.Stat_t
-	if err := unix.Stat(found, &st); err != nil || st.Uid != 0 || st.Mode&0o022 != 0 {
-		return Features{}, fmt.Errorf("%w: %s must belong to root and be writable by nobody else", ErrUnavailable, found)
-	}
-	f := Features{Path: found}
-
+	found := f.Path
 	out, err := output(ctx, found, "--version")
 	if ctx.Err() != nil {
 		return Features{}, context.Cause(ctx)
@@ -81,6 +80,29 @@ func Probe(ctx context.Context, path string) (Features, error) {
 		f.Missing = parseCheck(out)
 	}
 	return f, nil
+}
+
+// Current says whether path leads to the binary that was probed, and that is as it was. It is cheap.
+func (f Features) Current(path string) bool {
+	now, err := find(path)
+	return err == nil && now.Path == f.Path && now.file == f.file
+}
+
+// find fills in what is known of the binary without starting it.
+func find(path string) (Features, error) {
+	found, err := exec.LookPath(path)
+	if err != nil {
+		return Features{}, fmt.Errorf("%w: no executable %q: install the package criu, or name the binary by --criu", ErrUnavailable, path)
+	}
+	if found, err = filepath.Abs(found); err != nil {
+		return Features{}, err
+	}
+	// Before it is run as root: a program that others can replace is not one to trust.
+	var st unix.Stat_t
+	if err := unix.Stat(found, &st); err != nil || st.Uid != 0 || st.Mode&0o022 != 0 {
+		return Features{}, fmt.Errorf("%w: %s must belong to root and be writable by nobody else", ErrUnavailable, found)
+	}
+	return Features{Path: found, file: identity{st.Dev, st.Ino, st.Ctim}}, nil
 }
 
 func output(ctx context.Context, path string, args ...string) (string, error) {

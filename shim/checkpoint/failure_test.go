@@ -302,6 +302,52 @@ func TestWithoutCRIU(t *testing.T) {
 	}
 }
 
+// CRIU may be installed, upgraded and removed while crishim runs.
+func TestCRIUIsFoundAnew(t *testing.T) {
+	containerd := node.Containerd(t)
+	c := containerd.Run(t, node.Spec{})
+	binary, err := exec.LookPath("criu")
+	if err != nil {
+		t.Fatal(err)
+	}
+	installed := filepath.Join(t.TempDir(), "criu")
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: installed, Log: testLog(t)})
+	path := location(t)
+	request := func() error {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+		_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
+		return err
+	}
+	if err := request(); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("before CRIU is installed: %v", err)
+	}
+	if err := os.Symlink(binary, installed); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // found, and known
+		if err := request(); err != nil {
+			t.Errorf("with CRIU: %v", err)
+		}
+	}
+	if err := os.Remove(installed); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(installed, []byte("#!/bin/sh\necho Version: 3.15\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := request(); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "criu 3.15 at") {
+		t.Errorf("with a fake of an older one in its place: %v", err)
+	}
+	if err := os.Remove(installed); err != nil {
+		t.Fatal(err)
+	}
+	if err := request(); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "no executable") {
+		t.Errorf("after it was removed: %v", err)
+	}
+}
+
 func TestDrainRollsBackWhatDoesNotFinish(t *testing.T) {
 	containerd := node.Containerd(t)
 	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: "criu", Log: testLog(t)})

@@ -72,12 +72,12 @@ func (s *Service) Drain(ctx context.Context) {
 	s.running.Wait()
 }
 
-// Probe looks for CRIU. What it found is kept; while it finds none, each checkpoint looks again.
+// Probe looks for CRIU. What it found is kept for as long as the same binary is there.
 func (s *Service) Probe(ctx context.Context) (criu.Features, error) {
 	s.mu.Lock()
 	known := s.features
 	s.mu.Unlock()
-	if known != nil {
+	if known != nil && known.Current(s.config.Criu) {
 		return *known, nil
 	}
 	found, err := criu.Probe(ctx, s.config.Criu)
