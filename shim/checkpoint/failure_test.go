@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -208,6 +209,44 @@ func kill(t *testing.T, pids ...int) {
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A volume whose server is gone must not hold up the node's checkpoints. The server is a fake: a FUSE mount that nobody answers for.
+func TestAVolumeThatHangs(t *testing.T) {
+	containerd, crishim := serve(t)
+	volume := filepath.Join("/data", "volume-"+t.Name())
+	if err := os.Mkdir(volume, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(volume) })
+	c := containerd.Run(t, node.Spec{Mounts: []*runtimeapi.Mount{{HostPath: volume, ContainerPath: "/volume"}}})
+
+	device, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer device.Close()
+	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", device.Fd())
+	if err := unix.Mount("fake", volume, "fuse", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(volume, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}()
+	path := location(t)
+	request := &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path, Timeout: 1}
+	for range 3 { // one more than may go on at once
+		_, err := crishim.CheckpointContainer(t.Context(), request)
+		if status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "look at bind mounts") {
+			t.Errorf("error is %v, want DeadlineExceeded and a word on where", err)
+		}
+	}
+	unharmed(t, c, path)
+	if left := helpers(t); len(left) > 0 {
+		t.Errorf("helpers are left: %v", left)
 	}
 }
 

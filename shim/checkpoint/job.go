@@ -3,7 +3,6 @@ package checkpoint
 import (
 	"encoding/json"
 	"fmt"
-	"os"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -44,15 +43,15 @@ func newJob(location, criu string, c *container.Container) (*crishimv1.Job, erro
 		job.Container.SharedNamespaces = append(job.Container.SharedNamespaces,
 			&crishimv1.Namespace{Type: ns.Type, Inode: ns.Inode})
 	}
+	for _, m := range c.BindMounts {
+		job.Container.BindMounts = append(job.Container.BindMounts,
+			&crishimv1.BindMount{Source: m.Source, Destination: m.Destination})
+	}
 	return job, nil
 }
 
 // metadata makes the members by which readers and restorers know what they have before them.
 func metadata(c *container.Container, now time.Time) ([]*crishimv1.Member, error) {
-	binds, err := bindMounts(c)
-	if err != nil {
-		return nil, err
-	}
 	members := []*crishimv1.Member{{Name: archive.SpecDump, Content: c.Spec}}
 	for _, m := range []struct {
 		name  string
@@ -70,7 +69,6 @@ func metadata(c *container.Container, now time.Time) ([]*crishimv1.Member, error
 		}},
 		// encoding/json and not protojson: containerd reads it back by the Go names of the CRI's fields.
 		{archive.StatusDump, c.Status},
-		{archive.BindMounts, binds},
 	} {
 		content, err := json.Marshal(m.value)
 		if err != nil {
@@ -87,26 +85,4 @@ func imageName(image *runtimeapi.ImageSpec) string {
 		return name
 	}
 	return image.GetImage()
-}
-
-// bindMounts tells a restorer what kind of mount point each of them needs.
-func bindMounts(c *container.Container) ([]archive.BindMount, error) {
-	binds := []archive.BindMount{}
-	for _, m := range c.BindMounts {
-		info, err := os.Stat(m.Source)
-		if os.IsNotExist(err) {
-			continue // a file that was unlinked while it was mounted
-		}
-		if err != nil {
-			return nil, fmt.Errorf("look at bind mount: %w", err)
-		}
-		kind := "file"
-		if info.IsDir() {
-			kind = "directory"
-		}
-		binds = append(binds, archive.BindMount{
-			Source: m.Source, Destination: m.Destination, FileType: kind, Permissions: uint32(info.Mode().Perm()),
-		})
-	}
-	return binds, nil
 }

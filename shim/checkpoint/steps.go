@@ -30,6 +30,11 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	}
 	defer process.Close()
 
+	binds, err := bindMounts(ctx, job.GetContainer().GetBindMounts())
+	if err != nil {
+		return nil, err
+	}
+
 	staging, err := location.Stage(job.GetStaging())
 	if err != nil {
 		return nil, err
@@ -44,6 +49,9 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		if err := staging.WriteFile(member.GetName(), member.GetContent()); err != nil {
 			return nil, err
 		}
+	}
+	if err := staging.WriteJSON(archive.BindMounts, binds); err != nil {
+		return nil, err
 	}
 
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_DUMP})
@@ -86,6 +94,48 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		MemoryDumpUs: uint32(stats.MemoryDump.Microseconds()),
 		PagesWritten: stats.PagesWritten,
 	}, nil
+}
+
+// bindMounts looks at the sources, so that a restorer knows what kind of mount point each of them needs. A volume of a file server
+// that is gone may hold it up for ever: then it returns with the end of ctx, and what hangs ends with this process, which has
+// nothing to undo yet.
+func bindMounts(ctx context.Context, mounts []*crishimv1.BindMount) ([]archive.BindMount, error) {
+	type result struct {
+		binds []archive.BindMount
+		err   error
+	}
+	looked := make(chan result, 1)
+	go func() {
+		binds, err := lookAtBindMounts(mounts)
+		looked <- result{binds, err}
+	}()
+	select {
+	case r := <-looked:
+		return r.binds, r.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("look at bind mounts: %w", context.Cause(ctx))
+	}
+}
+
+func lookAtBindMounts(mounts []*crishimv1.BindMount) ([]archive.BindMount, error) {
+	binds := []archive.BindMount{} // never null
+	for _, m := range mounts {
+		info, err := os.Stat(m.GetSource())
+		if os.IsNotExist(err) {
+			continue // a file that was unlinked while it was mounted
+		}
+		if err != nil {
+			return nil, fmt.Errorf("look at bind mount: %w", err)
+		}
+		kind := "file"
+		if info.IsDir() {
+			kind = "directory"
+		}
+		binds = append(binds, archive.BindMount{
+			Source: m.GetSource(), Destination: m.GetDestination(), FileType: kind, Permissions: uint32(info.Mode().Perm()),
+		})
+	}
+	return binds, nil
 }
 
 func processOf(c *crishimv1.Container) container.Process {

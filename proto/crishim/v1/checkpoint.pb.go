@@ -264,7 +264,9 @@ type Container struct {
 	// The container's log; empty where it has none.
 	Log string `protobuf:"bytes,13,opt,name=log,proto3" json:"log,omitempty"`
 	// Whether /dev/shm belongs to the pod, and so is captured beside CRIU's images.
-	Shm           bool `protobuf:"varint,14,opt,name=shm,proto3" json:"shm,omitempty"`
+	Shm bool `protobuf:"varint,14,opt,name=shm,proto3" json:"shm,omitempty"`
+	// The spec's bind mounts.
+	BindMounts    []*BindMount `protobuf:"bytes,15,rep,name=bind_mounts,json=bindMounts,proto3" json:"bind_mounts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -397,6 +399,67 @@ func (x *Container) GetShm() bool {
 	return false
 }
 
+func (x *Container) GetBindMounts() []*BindMount {
+	if x != nil {
+		return x.BindMounts
+	}
+	return nil
+}
+
+type BindMount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Path on the node.
+	Source string `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	// Path in the container, as the spec has it.
+	Destination   string `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BindMount) Reset() {
+	*x = BindMount{}
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BindMount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BindMount) ProtoMessage() {}
+
+func (x *BindMount) ProtoReflect() protoreflect.Message {
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BindMount.ProtoReflect.Descriptor instead.
+func (*BindMount) Descriptor() ([]byte, []int) {
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *BindMount) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *BindMount) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
 type Namespace struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in the OCI spec: "network", "pid", …
@@ -408,7 +471,7 @@ type Namespace struct {
 
 func (x *Namespace) Reset() {
 	*x = Namespace{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -420,7 +483,7 @@ func (x *Namespace) String() string {
 func (*Namespace) ProtoMessage() {}
 
 func (x *Namespace) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -433,7 +496,7 @@ func (x *Namespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Namespace.ProtoReflect.Descriptor instead.
 func (*Namespace) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{2}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Namespace) GetType() string {
@@ -460,7 +523,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +535,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +548,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{3}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Member) GetName() string {
@@ -513,7 +576,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -525,7 +588,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -538,7 +601,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{4}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Progress) GetPhase() Phase {
@@ -568,7 +631,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -580,7 +643,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -593,7 +656,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{5}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Failure) GetReason() Reason {
@@ -635,7 +698,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -647,7 +710,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -660,7 +723,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{6}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Result) GetFailure() *Failure {
@@ -718,7 +781,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +793,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +806,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{7}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Event) GetEvent() isEvent_Event {
@@ -798,7 +861,7 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\x04criu\x18\x02 \x01(\tR\x04criu\x123\n" +
 	"\tcontainer\x18\x03 \x01(\v2\x15.crishim.v1.ContainerR\tcontainer\x12,\n" +
 	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\x12\x18\n" +
-	"\astaging\x18\x05 \x01(\tR\astaging\"\xa3\x03\n" +
+	"\astaging\x18\x05 \x01(\tR\astaging\"\xdb\x03\n" +
 	"\tContainer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12\x1d\n" +
@@ -815,7 +878,12 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\fmasked_files\x18\v \x03(\tR\vmaskedFiles\x12 \n" +
 	"\vdescriptors\x18\f \x03(\tR\vdescriptors\x12\x10\n" +
 	"\x03log\x18\r \x01(\tR\x03log\x12\x10\n" +
-	"\x03shm\x18\x0e \x01(\bR\x03shm\"5\n" +
+	"\x03shm\x18\x0e \x01(\bR\x03shm\x126\n" +
+	"\vbind_mounts\x18\x0f \x03(\v2\x15.crishim.v1.BindMountR\n" +
+	"bindMounts\"E\n" +
+	"\tBindMount\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12 \n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\"5\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\"6\n" +
@@ -870,33 +938,35 @@ func file_crishim_v1_checkpoint_proto_rawDescGZIP() []byte {
 }
 
 var file_crishim_v1_checkpoint_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_crishim_v1_checkpoint_proto_goTypes = []any{
 	(Phase)(0),        // 0: crishim.v1.Phase
 	(Reason)(0),       // 1: crishim.v1.Reason
 	(*Job)(nil),       // 2: crishim.v1.Job
 	(*Container)(nil), // 3: crishim.v1.Container
-	(*Namespace)(nil), // 4: crishim.v1.Namespace
-	(*Member)(nil),    // 5: crishim.v1.Member
-	(*Progress)(nil),  // 6: crishim.v1.Progress
-	(*Failure)(nil),   // 7: crishim.v1.Failure
-	(*Result)(nil),    // 8: crishim.v1.Result
-	(*Event)(nil),     // 9: crishim.v1.Event
+	(*BindMount)(nil), // 4: crishim.v1.BindMount
+	(*Namespace)(nil), // 5: crishim.v1.Namespace
+	(*Member)(nil),    // 6: crishim.v1.Member
+	(*Progress)(nil),  // 7: crishim.v1.Progress
+	(*Failure)(nil),   // 8: crishim.v1.Failure
+	(*Result)(nil),    // 9: crishim.v1.Result
+	(*Event)(nil),     // 10: crishim.v1.Event
 }
 var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
 	3, // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
-	5, // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
-	4, // 2: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
-	0, // 3: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
-	1, // 4: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
-	7, // 5: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
-	6, // 6: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
-	8, // 7: crishim.v1.Event.result:type_name -> crishim.v1.Result
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	6, // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
+	5, // 2: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
+	4, // 3: crishim.v1.Container.bind_mounts:type_name -> crishim.v1.BindMount
+	0, // 4: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
+	1, // 5: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
+	8, // 6: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
+	7, // 7: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
+	9, // 8: crishim.v1.Event.result:type_name -> crishim.v1.Result
+	9, // [9:9] is the sub-list for method output_type
+	9, // [9:9] is the sub-list for method input_type
+	9, // [9:9] is the sub-list for extension type_name
+	9, // [9:9] is the sub-list for extension extendee
+	0, // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_crishim_v1_checkpoint_proto_init() }
@@ -904,7 +974,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 	if File_crishim_v1_checkpoint_proto != nil {
 		return
 	}
-	file_crishim_v1_checkpoint_proto_msgTypes[7].OneofWrappers = []any{
+	file_crishim_v1_checkpoint_proto_msgTypes[8].OneofWrappers = []any{
 		(*Event_Progress)(nil),
 		(*Event_Result)(nil),
 	}
@@ -914,7 +984,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_crishim_v1_checkpoint_proto_rawDesc), len(file_crishim_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
