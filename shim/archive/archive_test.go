@@ -422,6 +422,16 @@ func TestFailures(t *testing.T) {
 			defer unix.Mount("", dir, "", unix.MS_REMOUNT, "")
 			return s.Publish(t.Context())
 		}, unix.EROFS, "remount"},
+		{"directory cannot be synced", func(t *testing.T, s *Staging, dir string) error {
+			must(t, s.Assemble(t.Context(), nil))
+			// A disk that fails just there cannot be had; a descriptor that cannot sync can.
+			unsyncable, err := openComponent(nil, dir)
+			must(t, err)
+			old := s.location.dir
+			s.location.dir = unsyncable
+			defer func() { s.location.dir = old; unsyncable.Close() }()
+			return s.Publish(t.Context())
+		}, unix.EBADF, "sync directory"},
 		{"staging deleted by somebody", func(t *testing.T, s *Staging, dir string) error {
 			must(t, s.Assemble(t.Context(), nil))
 			must(t, os.RemoveAll(s.Dir().Name()))

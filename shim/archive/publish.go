@@ -15,9 +15,8 @@ import (
 // something has come to be there meanwhile, and ErrInvalidLocation if the
 // location's path leads to another directory by now.
 //
-// After an error nothing has appeared, with one exception, which says so: the
-// archive is there, but its directory could not be synced, so that a power cut may
-// take it away. When only the staging directory cannot be deleted, Publish
+// After an error there is nothing: an archive that would be lost in a power cut, since
+// its directory could not be synced, is removed again. When only the staging directory cannot be deleted, Publish
 // succeeds, and a further Remove tells the error.
 func (s *Staging) Publish(ctx context.Context) error {
 	if s.archive == nil {
@@ -35,12 +34,15 @@ func (s *Staging) Publish(ctx context.Context) error {
 	if err := s.location.rename(s.dir, archiveName); err != nil {
 		return fmt.Errorf("publish archive: %w", s.Explain(err))
 	}
-	syncErr := s.location.dir.Sync()
-	_ = s.Remove() // the caller's deferred Remove tells if it failed
 	// EINVAL: a file system on which directories need no sync.
-	if syncErr != nil && !errors.Is(syncErr, unix.EINVAL) {
-		return fmt.Errorf("publish archive: %s is complete, but may be lost in a power cut: sync its directory: %w", s.location.path, s.Explain(syncErr))
+	if err := s.location.dir.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
+		err = fmt.Errorf("publish archive: sync directory of %s: %w", s.location.path, s.Explain(err))
+		if removeErr := unix.Unlinkat(int(s.location.dir.Fd()), s.location.name, 0); removeErr != nil {
+			err = fmt.Errorf("%w; the archive is there nevertheless, and whole, but a power cut may take it: remove it (%w)", err, removeErr)
+		}
+		return err
 	}
+	_ = s.Remove() // the caller's deferred Remove tells if it failed
 	return nil
 }
 

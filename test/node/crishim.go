@@ -13,7 +13,7 @@ import (
 // CrishimSocket is where StartCrishim has crishim listen, in the node.
 const CrishimSocket = "/run/crishim/crishim.sock"
 
-// BuildCrishim builds the binary of the source tree that the working directory is in, as the Makefile does, into dir.
+// BuildCrishim builds the binary of the source tree that the working directory is in, static as a release is, into dir.
 func BuildCrishim(ctx context.Context, dir string) (path string, err error) {
 	path = filepath.Join(dir, "crishim")
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-o", path, "crishim/cmd/crishim")
