@@ -1,13 +1,10 @@
 package e2e
 
 import (
-	"context"
-	"encoding/json"
 	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -166,53 +163,5 @@ func TestWhatTheKubeletRefuses(t *testing.T) {
 		if !errors.As(test.err, &refusal) || refusal.Code != test.code || !strings.Contains(refusal.Body, test.want) {
 			t.Errorf("%s: got %v, want %d with %q", test.name, test.err, test.code, test.want)
 		}
-	}
-}
-
-func TestWithoutCrishimTheKubeletHasNone(t *testing.T) {
-	node.RequireRoot(t, testing.Short())
-	n := startNode(t, node.Options{})
-	k := startKubelet(t, n, "1.34", node.ContainerdSocket)
-	_, err := k.Checkpoint(t.Context(), k.PodName("counter"), "counter", 0)
-	var refusal *node.HTTPError
-	if !errors.As(err, &refusal) || refusal.Code != http.StatusInternalServerError || !strings.Contains(refusal.Body, "not implemented") {
-		t.Errorf("got %v, want 500 and \"not implemented\": then crishim has nothing to add", err)
-	}
-}
-
-func TestAKubeletWorksAsWithoutCrishim(t *testing.T) {
-	for _, version := range []string{"1.34", "1.37"} {
-		t.Run(version, func(t *testing.T) {
-			n, _ := start(t, node.Options{})
-			k := startKubelet(t, n, version, node.CrishimSocket)
-			pod := k.PodName("counter")
-			node.WaitCount(t, 5, podLog(t, k, "counter"))
-			out, err := k.Exec(t.Context(), pod, "counter", "echo hello")
-			if err != nil || !strings.Contains(out, "hello") {
-				t.Errorf("exec: %q, %v", out, err)
-			}
-			stats, err := k.Stats(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			var summary struct {
-				Pods []struct{ PodRef struct{ Name string } }
-			}
-			if err := json.Unmarshal(stats, &summary); err != nil {
-				t.Fatal(err)
-			}
-			if !slices.ContainsFunc(summary.Pods, func(p struct{ PodRef struct{ Name string } }) bool { return p.PodRef.Name == pod }) {
-				t.Errorf("the summary lacks %s: %s", pod, stats)
-			}
-			paths, err := k.Checkpoint(t.Context(), pod, "counter", 0)
-			if err != nil || len(paths) != 1 {
-				t.Errorf("checkpoint: %q, %v", paths, err)
-			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			if err := k.RemovePod(ctx, "counter"); err != nil {
-				t.Errorf("remove pod: %v", err)
-			}
-		})
 	}
 }

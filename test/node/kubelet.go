@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -268,15 +269,20 @@ func (k *Kubelet) Exec(ctx context.Context, pod, container, command string) (str
 	return string(content), err
 }
 
-// ContainerLog returns what a pod's container has written.
-func (k *Kubelet) ContainerLog(ctx context.Context, pod, container string) (string, error) {
-	content, err := k.call(ctx, http.MethodGet, "/containerLogs/default/"+pod+"/"+container, nil)
+// ContainerLog returns what a pod's container has written. Options are those of the API's PodLogOptions, such as "tailLines=5";
+// none give all of it.
+func (k *Kubelet) ContainerLog(ctx context.Context, pod, container string, options ...string) (string, error) {
+	query, err := url.ParseQuery(strings.Join(options, "&"))
+	if err != nil {
+		return "", fmt.Errorf("read log: %w", err)
+	}
+	content, err := k.call(ctx, http.MethodGet, "/containerLogs/default/"+pod+"/"+container, query)
 	return string(content), err
 }
 
-// Stats returns the kubelet's summary of resources, as JSON.
-func (k *Kubelet) Stats(ctx context.Context) ([]byte, error) {
-	return k.call(ctx, http.MethodGet, "/stats/summary", nil)
+// Get returns what the kubelet says at a path of its API that is only read, such as "/pods", as JSON.
+func (k *Kubelet) Get(ctx context.Context, path string) ([]byte, error) {
+	return k.call(ctx, http.MethodGet, path, nil)
 }
 
 // HTTPError is a refusal of the kubelet.

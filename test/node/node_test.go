@@ -234,7 +234,7 @@ func testKubelet(t *testing.T, nodes *nodes, version string) {
 	if out, err := kubelet.Exec(ctx, pod, "count", "cat /proc/1/comm"); err != nil || out != "workload\n" {
 		t.Errorf("exec: %q, %v", out, err)
 	}
-	if stats, err := kubelet.Stats(ctx); err != nil || !strings.Contains(string(stats), pod) {
+	if stats, err := kubelet.Get(ctx, "/stats/summary"); err != nil || !strings.Contains(string(stats), pod) {
 		t.Errorf("stats: %s, %v", stats, err)
 	}
 	// containerd 1.7 has no checkpoints.

@@ -54,6 +54,8 @@ func run(args []string) error {
 			return err
 		}
 		return count(echo)
+	case len(args) > 0 && args[0] == "net":
+		return network(args[1:])
 	}
 	return fmt.Errorf("usage: workload count | memory SIZE | tcp")
 }
