@@ -18,7 +18,7 @@ import (
 // Sources holds a directory of Go files for each program, and this file: together with what is given to Write, that is
 // what an image depends on.
 //
-//go:embed images.go pause/*.go workload/*.go
+//go:embed images.go pause/*.go workload/*.go programs/*
 var Sources embed.FS
 
 // File is what an image's only layer holds: a regular file, a symbolic link, or a directory, as its mode says.
@@ -53,10 +53,15 @@ type descriptor struct {
 
 // Write adds an image to an OCI layout, which it makes where it is missing. The image is called name in its index.
 func Write(layout, name string, config Config, files []File) error {
+	return WriteTar(layout, name, config, func(w io.Writer) error { return writeLayer(w, files) })
+}
+
+// WriteTar is Write for an image whose only layer is what write writes, a tar.
+func WriteTar(layout, name string, config Config, write func(io.Writer) error) error {
 	if err := os.MkdirAll(filepath.Join(layout, "blobs/sha256"), 0o755); err != nil {
 		return fmt.Errorf("write image %s: %w", name, err)
 	}
-	layer, err := addBlob(layout, mediaLayer, func(w io.Writer) error { return writeLayer(w, files) })
+	layer, err := addBlob(layout, mediaLayer, write)
 	if err != nil {
 		return fmt.Errorf("write image %s: %w", name, err)
 	}

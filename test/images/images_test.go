@@ -33,7 +33,7 @@ func TestRegistryServesWhatWasWritten(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	server := httptest.NewServer(images.Registry{Layout: layout})
+	server := httptest.NewServer(images.Registry{Layouts: []string{layout}})
 	defer server.Close()
 
 	var manifest struct {

@@ -8,9 +8,9 @@ import (
 	"regexp"
 )
 
-// Registry serves the images of an OCI layout read-only, as the registry of everything: of a reference only the last
+// Registry serves the images of OCI layouts read-only, as the registry of everything: of a reference only the last
 // part of its path counts, whatever its host and tag. A digest finds its blob.
-type Registry struct{ Layout string }
+type Registry struct{ Layouts []string }
 
 var blobPath = regexp.MustCompile(`^/v2/(?:[^/]+/)*([^/]+)/(manifests|blobs)/([^/]+)$`)
 
@@ -48,22 +48,31 @@ func (r Registry) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 		w.Header().Set("Content-Type", mediaManifest)
 	}
 	w.Header().Set("Docker-Content-Digest", reference)
-	http.ServeFile(w, request, filepath.Join(r.Layout, "blobs/sha256", sum[1]))
+	for _, layout := range r.Layouts {
+		blob := filepath.Join(layout, "blobs/sha256", sum[1])
+		if _, err := os.Stat(blob); err == nil {
+			http.ServeFile(w, request, blob)
+			return
+		}
+	}
+	http.NotFound(w, request)
 }
 
 // manifest returns the digest of an image's manifest, or nothing where there is no such image.
 func (r Registry) manifest(name string) (string, error) {
-	content, err := os.ReadFile(filepath.Join(r.Layout, "index.json"))
-	if err != nil {
-		return "", err
-	}
-	var index struct{ Manifests []descriptor }
-	if err := json.Unmarshal(content, &index); err != nil {
-		return "", err
-	}
-	for _, m := range index.Manifests {
-		if m.Annotations["org.opencontainers.image.ref.name"] == name {
-			return m.Digest, nil
+	for _, layout := range r.Layouts {
+		content, err := os.ReadFile(filepath.Join(layout, "index.json"))
+		if err != nil {
+			return "", err
+		}
+		var index struct{ Manifests []descriptor }
+		if err := json.Unmarshal(content, &index); err != nil {
+			return "", err
+		}
+		for _, m := range index.Manifests {
+			if m.Annotations["org.opencontainers.image.ref.name"] == name {
+				return m.Digest, nil
+			}
 		}
 	}
 	return "", nil

@@ -43,6 +43,8 @@ func (r Root) packages() []string {
 		Containerd2: {"forky", "containerd", "runc"},
 		Podman:      {"trixie", "podman"},
 		Docker:      {"trixie", "docker.io"},
+
+		programsRoot: {"trixie", "python3", "nodejs", "redis-server"},
 	}[r]
 }
 
@@ -95,6 +97,26 @@ func Build(ctx context.Context, tools ...string) error {
 	return errors.Join(toolErr, <-built)
 }
 
+// BuildAll builds everything that any node of the tests has.
+func BuildAll(ctx context.Context) error {
+	c, err := openCache()
+	if err != nil {
+		return err
+	}
+	built := make(chan error, 1)
+	go func() {
+		for _, root := range []Root{Containerd2, Podman, Docker} {
+			if _, err := c.lower(ctx, root); err != nil {
+				built <- err
+				return
+			}
+		}
+		_, err := c.programs(ctx)
+		built <- err
+	}()
+	return errors.Join(Build(ctx, Tools()...), <-built)
+}
+
 // entry returns the path of an entry, and builds it first where it is missing. build makes its argument, which does not
 // exist yet and is renamed when it is complete. Processes that need the same entry wait for each other.
 func (c cache) entry(ctx context.Context, name, recipe string, build func(temporary string) error) (string, error) {
@@ -127,7 +149,7 @@ func (c cache) entry(ctx context.Context, name, recipe string, build func(tempor
 // root is the file system of Containerd17.
 func (c cache) root(ctx context.Context) (string, error) {
 	return c.entry(ctx, "root", rootRecipe, func(temporary string) error {
-		return recipe(ctx, rootRecipe, temporary)
+		return output(isolated(ctx, rootRecipe, temporary))
 	})
 }
 
@@ -145,15 +167,15 @@ func (c cache) lower(ctx context.Context, kind Root) (string, error) {
 		if err := os.RemoveAll(temporary + ".work"); err != nil { // of one that was interrupted
 			return err
 		}
-		return recipe(ctx, layerRecipe, append([]string{root, temporary}, packages...)...)
+		return output(isolated(ctx, layerRecipe, append([]string{root, temporary}, packages...)...))
 	})
 	return layer + ":" + root, err
 }
 
-// recipe runs a shell script in mount and process namespaces of its own.
-func recipe(ctx context.Context, script string, args ...string) error {
-	return output(exec.CommandContext(ctx, "unshare", append([]string{"-m", "-p", "-f", "--mount-proc", "--propagation", "private",
-		"--kill-child", "sh", "-c", script, "recipe"}, args...)...))
+// isolated is a shell script in mount and process namespaces of its own.
+func isolated(ctx context.Context, script string, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "unshare", append([]string{"-m", "-p", "-f", "--mount-proc", "--propagation", "private",
+		"--kill-child", "sh", "-c", script, "recipe"}, args...)...)
 }
 
 // program is a static executable of Go sources that need nothing but the standard library.
@@ -183,17 +205,24 @@ func (c cache) program(ctx context.Context, name string, sources map[string][]by
 	})
 }
 
-// output runs a command whose output matters only if it fails. It does not outlive this process, which holds a lock.
+// output runs a command whose output matters only if it fails.
 func output(cmd *exec.Cmd) error {
+	return dieWithUs(cmd, func(cmd *exec.Cmd) error {
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("run %s: %w\n%s", filepath.Base(cmd.Path), err, out)
+		}
+		return nil
+	})
+}
+
+// dieWithUs runs a command in such a way that it does not outlive this process, which holds a lock.
+func dieWithUs(cmd *exec.Cmd, run func(*exec.Cmd) error) error {
 	// The signal comes with the end of the thread that has started the command.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("run %s: %w\n%s", filepath.Base(cmd.Path), err, out)
-	}
-	return nil
+	return run(cmd)
 }
 
 // lockFile takes an exclusive lock, which closing the file or the end of the process releases.

@@ -205,6 +205,14 @@ func (n *Node) prepareContainerd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	layouts := []string{layout}
+	if n.options.Programs {
+		programs, err := n.cache.programs(ctx)
+		if err != nil {
+			return err
+		}
+		layouts = append(layouts, programs)
+	}
 	config := fmt.Sprintf(containerdConfig, !hasCapability(unix.CAP_SYS_RESOURCE), n.options.CgroupV2)
 	for path, content := range map[string]string{
 		"/etc/containerd/config.toml":                 config,
@@ -222,7 +230,7 @@ func (n *Node) prepareContainerd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r := &registry{server: &http.Server{Handler: images.Registry{Layout: layout}}, done: make(chan struct{})}
+	r := &registry{server: &http.Server{Handler: images.Registry{Layouts: layouts}}, done: make(chan struct{})}
 	go func() {
 		defer close(r.done)
 		r.server.Serve(listener)

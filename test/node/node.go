@@ -35,6 +35,8 @@ type Options struct {
 	Hostname string
 	// Root is what is installed in it.
 	Root Root
+	// Programs says that its registry has ProgramsImage, which takes a minute to build the first time.
+	Programs bool
 	// Binds are mounted before anything runs in the node.
 	Binds []Bind
 	// CgroupV2 gives a node on a host with cgroup v1 nothing but the unified hierarchy. It has the freezer there, and no

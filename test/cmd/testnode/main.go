@@ -1,11 +1,12 @@
 // Command testnode runs commands in a test node, see package node.
 //
 //	testnode build                        build all that is kept in the cache
-//	testnode run [--cgroup-v2] [--root=NAME] [--] COMMAND [ARGUMENT…]
+//	testnode run [OPTION…] [--] COMMAND [ARGUMENT…]
 //	                                      run a command in a new node with containerd, in the current directory
-//	testnode shell [--cgroup-v2] [--root=NAME]
-//	                                      the same, with a shell
+//	testnode shell [OPTION…]              the same, with a shell
 //	testnode sweep                        remove what killed nodes left
+//
+// The options are those of node.Options: --cgroup-v2, --root=containerd-2|podman|docker, --programs.
 //
 // It is made for "go test -exec 'testnode run --'": the source tree and the directory of the command are visible in the
 // node at the same paths. The exit code is the command's.
@@ -25,7 +26,8 @@ import (
 	"crishim/test/node"
 )
 
-const usage = "usage: testnode build | run [--cgroup-v2] [--root=NAME] [--] COMMAND [ARGUMENT…] | shell [--cgroup-v2] [--root=NAME] | sweep"
+const usage = "usage: testnode build | run [OPTION…] [--] COMMAND [ARGUMENT…] | shell [OPTION…] | sweep; " +
+	"options are --cgroup-v2, --root=containerd-2|podman|docker and --programs"
 
 func main() {
 	code, err := run(os.Args[1:])
@@ -62,6 +64,8 @@ func run(args []string) (code int, err error) {
 		switch name, isRoot := strings.CutPrefix(option, "--root="); {
 		case option == "--cgroup-v2":
 			options.CgroupV2 = true
+		case option == "--programs":
+			options.Programs = true
 		case isRoot:
 			options.Root = node.Root(name)
 		default:
@@ -70,7 +74,7 @@ func run(args []string) (code int, err error) {
 	}
 	switch {
 	case command == "build" && len(args) == 0:
-		return 0, node.Build(ctx, node.Tools()...)
+		return 0, node.BuildAll(ctx)
 	case command == "sweep" && len(args) == 0:
 		return 0, node.Sweep(ctx)
 	case command == "shell" && len(args) == 0:

@@ -1,0 +1,70 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	_ "embed" // for the recipe of an image
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"crishim/test/images"
+)
+
+// ProgramsImage runs Python, Node.js and Redis from Debian's packages, see test/images/programs. Only a node with
+// Options.Programs has it.
+const ProgramsImage = "test.invalid/programs:1"
+
+// programsRoot is a root only as far as the image is made of it.
+const programsRoot Root = "programs"
+
+//go:embed image.sh
+var imageRecipe string
+
+// programs returns the layout with ProgramsImage.
+func (c cache) programs(ctx context.Context) (string, error) {
+	lower, err := c.lower(ctx, programsRoot)
+	if err != nil {
+		return "", err
+	}
+	sources, err := readSources("programs")
+	if err != nil {
+		return "", err
+	}
+	writer, err := images.Sources.ReadFile("images.go")
+	if err != nil {
+		return "", fmt.Errorf("read sources: %w", err)
+	}
+	return c.entry(ctx, "image-programs", fmt.Sprintf("%s\n%s\n%s\n%q", filepath.Base(lower), imageRecipe, writer, sources), func(temporary string) error {
+		dir, err := os.MkdirTemp(string(c), "image-*")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(dir)
+		programs := filepath.Join(dir, "upper/programs")
+		if err := os.MkdirAll(programs, 0o755); err != nil {
+			return err
+		}
+		for name, content := range sources {
+			if err := os.WriteFile(filepath.Join(programs, name), content, 0o644); err != nil {
+				return err
+			}
+		}
+		config := images.Config{
+			Cmd: []string{"/usr/bin/python3", "/programs/main.py"},
+			Env: []string{"PATH=/usr/bin:/bin"},
+		}
+		return images.WriteTar(temporary, "programs", config, func(w io.Writer) error {
+			var stderr bytes.Buffer
+			cmd := isolated(ctx, imageRecipe, lower, dir)
+			cmd.Stdout, cmd.Stderr = w, &stderr
+			if err := dieWithUs(cmd, (*exec.Cmd).Run); err != nil {
+				return errors.Join(fmt.Errorf("write root file system: %w", err), errors.New(stderr.String()))
+			}
+			return nil
+		})
+	})
+}
