@@ -68,21 +68,14 @@ func field(t *testing.T, pid int, name string) string {
 	return ""
 }
 
-// dumping waits until criu has written some memory to the staging directory beside the location.
+// dumping waits until criu writes memory to the staging directory beside the location.
 func dumping(t *testing.T, location string) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		pages, err := filepath.Glob(filepath.Join(filepath.Dir(location), ".crishim-*", "checkpoint", "pages-*.img"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, file := range pages {
-			if info, err := os.Stat(file); err == nil && info.Size() > 1<<20 {
-				return
-			}
-		}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := node.WaitDump(ctx, filepath.Dir(location)); err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no memory was dumped for 20 s")
 }
 
 func TestAStoppedCheckpointLeavesNothing(t *testing.T) {
@@ -90,45 +83,56 @@ func TestAStoppedCheckpointLeavesNothing(t *testing.T) {
 	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "1024"}})
 	node.WaitCount(t, 0, c.Log)
 	for _, test := range []struct {
-		name string
-		want codes.Code
-		ctx  func(location string) (context.Context, context.CancelFunc)
+		name     string
+		deadline time.Duration // of the call
+		timeout  int64         // of the request, in seconds
+		cancel   bool          // the call, in mid-dump
+		code     codes.Code
+		want     string
 	}{
-		{"deadline of 1 s", codes.DeadlineExceeded, func(string) (context.Context, context.CancelFunc) {
-			return context.WithTimeout(t.Context(), time.Second)
-		}},
-		{"cancelled while memory is written", codes.Canceled, func(location string) (context.Context, context.CancelFunc) {
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				defer cancel()
-				dumping(t, location)
-			}()
-			return ctx, func() { cancel(); <-done }
-		}},
+		{name: "deadline of 1 s", deadline: time.Second, code: codes.DeadlineExceeded},
+		{name: "timeout of the request", timeout: 1, code: codes.DeadlineExceeded, want: "the container runs on"},
+		{name: "cancelled while memory is written", cancel: true, code: codes.Canceled},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			path := location(t)
-			ctx, cancel := test.ctx(path)
+			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			_, err := crishim.CheckpointContainer(ctx, &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
-			if status.Code(err) != test.want {
-				t.Fatalf("error is %v, want %s", err, test.want)
+			if test.deadline > 0 {
+				ctx, cancel = context.WithTimeout(ctx, test.deadline)
+				defer cancel()
 			}
-			// The client has its answer from its own end of the call; the service works on for a moment.
+			path := location(t)
+			request := &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path, Timeout: test.timeout}
+			answered, answer := context.WithCancel(t.Context())
+			result := make(chan error, 1)
+			go func() {
+				defer answer()
+				_, err := crishim.CheckpointContainer(ctx, request)
+				result <- err
+			}()
+			// However fast the machine is, the dump is not done before its time is up. Where it is slow, it may not have begun.
+			if held, err := node.HoldDump(answered, filepath.Dir(path)); err == nil {
+				defer held.Release()
+				if test.cancel {
+					cancel()
+				}
+				for deadline := time.Now().Add(time.Minute); !held.Aborted(); time.Sleep(5 * time.Millisecond) {
+					if time.Now().After(deadline) {
+						t.Fatal("criu is not told to roll back")
+					}
+				}
+				held.Release()
+			} else if answered.Err() == nil {
+				t.Fatal(err)
+			}
+			if err := <-result; status.Code(err) != test.code || !strings.Contains(err.Error(), test.want) {
+				t.Fatalf("error is %v, want %s and %q", err, test.code, test.want)
+			}
+			// A client whose call has ended answers itself; the service works on for a moment.
 			waitGone(t, filepath.Dir(path), 5*time.Second)
 			unharmed(t, c, path)
 		})
 	}
-	t.Run("timeout of the request", func(t *testing.T) {
-		path := location(t)
-		_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path, Timeout: 1})
-		if status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "the container runs on") {
-			t.Fatalf("error is %v, want DeadlineExceeded and a word on the container", err)
-		}
-		unharmed(t, c, path)
-	})
 	t.Run("and the next one succeeds", func(t *testing.T) {
 		path := location(t)
 		if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
