@@ -223,6 +223,10 @@ func (n *Node) Bind(source, target string) error {
 	})
 }
 
+// ErrStop is wrapped by the errors of a Stop, also of one by which a failed Start ends: something of the node may be left on the host.
+// Sweep removes it.
+var ErrStop = errors.New("stop node")
+
 // Stop ends everything in the node and removes all of it from the host. It may be called more than once; later calls
 // return what the first one returned.
 func (n *Node) Stop() error {
@@ -256,7 +260,7 @@ func (n *Node) end() error {
 	}
 	errs = append(errs, n.release())
 	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("stop node: %w", err)
+		return fmt.Errorf("%w: %w", ErrStop, err)
 	}
 	return nil
 }

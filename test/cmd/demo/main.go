@@ -28,7 +28,10 @@ func main() {
 		os.Exit(2)
 	}
 	if err := run(ctx, os.Args[1]); err != nil {
-		if ctx.Err() != nil {
+		switch {
+		case errors.Is(err, node.ErrStop):
+			err = fmt.Errorf("%w\nnot everything is cleaned up; the next start of a node removes what is left", err)
+		case ctx.Err() != nil:
 			err = errors.New("interrupted; everything is cleaned up")
 		}
 		fmt.Fprintf(os.Stderr, "demo: %v\n", err)
