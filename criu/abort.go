@@ -1,12 +1,13 @@
 package criu
 
 import (
-	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -52,23 +53,41 @@ func (a *aborter) stop() bool {
 	return a.aborted
 }
 
-// onlyChild returns the pid of the one child of this process. The kernel's list of children (/proc/PID/task/TID/children,
-// Linux 3.5, CONFIG_PROC_CHILDREN) is kept for each thread that forked; CRIU needs it too.
+// onlyChild returns the pid of the one child of this process.
 func onlyChild() (int, error) {
-	lists, err := filepath.Glob("/proc/self/task/*/children")
+	children, err := childrenOf("self")
 	if err != nil {
-		return 0, err
-	}
-	var children [][]byte
-	for _, list := range lists {
-		content, err := os.ReadFile(list)
-		if err != nil && !os.IsNotExist(err) { // a thread may have ended
-			return 0, fmt.Errorf("list children: %w", err)
-		}
-		children = append(children, bytes.Fields(content)...)
+		return 0, fmt.Errorf("find criu's pid: %w", err)
 	}
 	if len(children) != 1 {
 		return 0, fmt.Errorf("find criu's pid: this process has %d children, one was expected", len(children))
 	}
-	return strconv.Atoi(string(children[0]))
+	return children[0], nil
+}
+
+// childrenOf returns the children of a process, a pid or "self"; one that has ended has none. The kernel's list of children
+// (/proc/PID/task/TID/children, Linux 3.5, CONFIG_PROC_CHILDREN) is kept for each thread that forked; CRIU needs it too.
+func childrenOf(process string) ([]int, error) {
+	lists, err := filepath.Glob(filepath.Join("/proc", process, "task/*/children"))
+	if err != nil {
+		return nil, err
+	}
+	var children []int
+	for _, list := range lists {
+		content, err := os.ReadFile(list)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // the thread has ended
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list children: %w", err)
+		}
+		for field := range strings.FieldsSeq(string(content)) {
+			pid, err := strconv.Atoi(field)
+			if err != nil {
+				return nil, fmt.Errorf("parse %s: %w", list, err)
+			}
+			children = append(children, pid)
+		}
+	}
+	return children, nil
 }

@@ -80,7 +80,7 @@ func (d Dump) Run(ctx context.Context) (Stats, error) {
 	// Without an established TCP connection there is nothing to lock the pod's network for, and that would cut off its
 	// other containers and its probes too.
 	network := skipNetworkLock
-	connected, err := d.Container.connectedTCP()
+	connected, err := d.Container.connectedTCP(ctx)
 	if err != nil {
 		return Stats{}, err
 	}

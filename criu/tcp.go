@@ -2,6 +2,7 @@ package criu
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,23 +12,29 @@ import (
 	"strings"
 )
 
-// connectedTCP says whether a process of the container holds a TCP socket that CRIU can only dump under a network lock: any but a
-// listening or a closed one. The container runs meanwhile, so the answer may be out of date when it is given.
-func (c Container) connectedTCP() (bool, error) {
-	pids, err := c.processes()
-	if err != nil {
-		return false, fmt.Errorf("look for TCP connections: %w", err)
-	}
+// connectedTCP says whether a process that CRIU will dump, init or a descendant of it, holds a TCP socket that can only be dumped under
+// a network lock: any but a listening or a closed one. What an exec has started in the container is not among them. The container
+// runs meanwhile, so the answer may be out of date when it is given.
+func (c Container) connectedTCP(ctx context.Context) (bool, error) {
 	byNamespace := make(map[string]map[string]bool) // inodes of sockets, by network namespace
-	for _, pid := range pids {
-		dir := filepath.Join("/proc", strconv.Itoa(pid))
+	for pids := []int{c.Pid}; len(pids) > 0; pids = pids[1:] {
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
+		process := strconv.Itoa(pids[0])
+		children, err := childrenOf(process)
+		if err != nil {
+			return false, fmt.Errorf("look for TCP connections: %w", err)
+		}
+		pids = append(pids, children...)
+		dir := filepath.Join("/proc", process)
 		namespace, err := os.Readlink(dir + "/ns/net")
 		if err != nil {
 			continue // it has ended, as may any of them below
 		}
 		sockets := byNamespace[namespace]
 		if sockets == nil {
-			if sockets, err = connectedSockets(dir + "/net"); err != nil {
+			if sockets, err = connectedSockets(ctx, dir+"/net"); err != nil {
 				continue
 			}
 			byNamespace[namespace] = sockets
@@ -50,38 +57,9 @@ func (c Container) connectedTCP() (bool, error) {
 	return false, nil
 }
 
-// processes are those of the container's cgroup and the cgroups below it; without a cgroup, init alone.
-func (c Container) processes() ([]int, error) {
-	if c.Freezer == "" {
-		return []int{c.Pid}, nil
-	}
-	var pids []int
-	err := filepath.WalkDir(c.Freezer, func(path string, entry fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil // a cgroup that has just been removed
-		}
-		if err != nil || entry.Name() != "cgroup.procs" {
-			return err
-		}
-		content, err := os.ReadFile(path)
-		if err != nil {
-			return nil // likewise; or a threaded cgroup of v2, whose processes its parent lists
-		}
-		for field := range strings.FieldsSeq(string(content)) {
-			pid, err := strconv.Atoi(field)
-			if err != nil {
-				return fmt.Errorf("parse %s: %w", path, err)
-			}
-			pids = append(pids, pid)
-		}
-		return nil
-	})
-	return pids, err
-}
-
 // connectedSockets returns the inodes of a network namespace's TCP sockets that are neither listening nor closed; dir is
-// /proc/PID/net.
-func connectedSockets(dir string) (map[string]bool, error) {
+// /proc/PID/net. When ctx ends it returns early, without an error.
+func connectedSockets(ctx context.Context, dir string) (map[string]bool, error) {
 	sockets := make(map[string]bool)
 	for _, name := range []string{"tcp", "tcp6"} {
 		file, err := os.Open(filepath.Join(dir, name))
@@ -92,7 +70,7 @@ func connectedSockets(dir string) (map[string]bool, error) {
 			return nil, err
 		}
 		lines := bufio.NewScanner(file)
-		for lines.Scan() {
+		for ctx.Err() == nil && lines.Scan() { // a node may have a great many
 			if inode, ok := parseSocket(lines.Text()); ok {
 				sockets[inode] = true
 			}

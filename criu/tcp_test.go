@@ -1,8 +1,12 @@
 package criu
 
 import (
+	"bufio"
+	"context"
+	"errors"
 	"net"
 	"os"
+	"os/exec"
 	"testing"
 )
 
@@ -26,26 +30,70 @@ func TestParseSocket(t *testing.T) {
 }
 
 func TestConnectedTCP(t *testing.T) {
-	self := Container{Pid: os.Getpid()}
-	check := func(want bool, when string) {
+	check := func(pid int, want bool, when string) {
 		t.Helper()
-		if got, err := self.connectedTCP(); err != nil || got != want {
+		if got, err := (Container{Pid: pid}).connectedTCP(t.Context()); err != nil || got != want {
 			t.Errorf("%s: got %t, %v; want %t", when, got, err, want)
 		}
 	}
-	check(false, "without a socket")
+	self := os.Getpid()
+	check(self, false, "without a socket")
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	check(false, "listening")
+	check(self, false, "listening")
 	conn, err := net.Dial("tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	check(true, "connected")
-	conn.Close()
+	defer conn.Close()
+	check(self, true, "connected")
+
+	check(start(t, nil, "echo ready; read line"), false, "in another process, as after an exec")
+	file, err := conn.(*net.TCPConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	check(start(t, file, "sleep 60 & exec 3>&-; echo ready; read line; kill $!"), true, "in a child")
+
+	ended, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("no time"))
+	if _, err := (Container{Pid: self}).connectedTCP(ended); err == nil || err.Error() != "no time" {
+		t.Errorf("with a context that has ended: %v", err)
+	}
+}
+
+// start starts a shell, with a file as its descriptor 3, that writes a line when it is ready, and ends when it reads one.
+func start(t *testing.T, file *os.File, script string) (pid int) {
+	t.Helper()
+	cmd := exec.Command("sh", "-c", script)
+	if file != nil {
+		cmd.ExtraFiles = []*os.File{file}
+	}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		stdin.Close()
+		if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() < 0 {
+			t.Error(err)
+		}
+	})
+	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	return cmd.Process.Pid
 }
 
 func FuzzParseSocket(f *testing.F) {
