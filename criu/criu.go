@@ -85,7 +85,7 @@ func (d Dump) Run(ctx context.Context) (Stats, error) {
 		return Stats{}, err
 	}
 	if connected {
-		network = lockNetwork
+		network = lockMethod(ctx, d.Criu)
 	}
 	err = d.run(ctx, network)
 	// One that has come since makes CRIU fail before it has written any memory.
@@ -93,7 +93,7 @@ func (d Dump) Run(ctx context.Context) (Stats, error) {
 		if err := removeContent(d.Images); err != nil {
 			return Stats{}, fmt.Errorf("clear images of first attempt: %w", err)
 		}
-		err = d.run(ctx, lockNetwork)
+		err = d.run(ctx, lockMethod(ctx, d.Criu))
 	}
 	if err != nil {
 		return Stats{}, err

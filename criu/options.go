@@ -17,7 +17,8 @@ type networkMode int
 const (
 	// skipNetworkLock never comes with TcpEstablished: criu would dump an accepted connection unlocked, without a word.
 	skipNetworkLock networkMode = iota
-	lockNetwork
+	lockNetwork                 // by the method that this criu was built for: iptables, unless its builder chose another
+	lockNetworkByNftables
 )
 
 const logFile = "dump.log"
@@ -51,6 +52,9 @@ func (d Dump) options(network networkMode) *rpc.CriuOpts {
 		opts.NetworkLock = rpc.CriuNetworkLockMethod_SKIP.Enum()
 	case lockNetwork:
 		opts.TcpEstablished = proto.Bool(true)
+	case lockNetworkByNftables:
+		opts.TcpEstablished = proto.Bool(true)
+		opts.NetworkLock = rpc.CriuNetworkLockMethod_NFTABLES.Enum()
 	}
 	if c.Freezer != "" {
 		opts.FreezeCgroup = proto.String(c.Freezer)

@@ -19,7 +19,7 @@ func TestOptions(t *testing.T) {
 	}
 	defer dir.Close()
 	for _, runtime := range []Runtime{Runc, Crun} {
-		for mode, network := range map[string]networkMode{"": skipNetworkLock, "-tcp": lockNetwork} {
+		for mode, network := range map[string]networkMode{"": skipNetworkLock, "-tcp": lockNetwork, "-tcp-nftables": lockNetworkByNftables} {
 			name := string(runtime) + mode
 			t.Run(name, func(t *testing.T) {
 				got := Dump{Images: dir, Work: dir, Container: Container{

@@ -92,3 +92,13 @@ func parseSocket(line string) (inode string, connected bool) {
 	state, inode := fields[3], fields[9]
 	return inode, state != closed && state != listening && inode != "0" // 0: nobody's any more, as in TIME_WAIT
 }
+
+// lockMethod chooses how the network is locked. nftables comes first, where this criu (since 3.17) and the kernel have them: the lock is
+// set and removed in one step by criu itself, and nothing of it stays. iptables needs programs, and the empty tables that
+// they make remain.
+func lockMethod(ctx context.Context, criu string) networkMode {
+	if _, err := output(ctx, criu, "check", "--feature", "network_lock_nftables"); err != nil {
+		return lockNetwork
+	}
+	return lockNetworkByNftables
+}

@@ -440,36 +440,6 @@ func TestADiskThatIsTooSmall(t *testing.T) {
 	}
 }
 
-// Without the lock and --tcp-established such a container cannot be dumped; with them, nothing may be left of the lock.
-func TestAnEstablishedConnection(t *testing.T) {
-	containerd, crishim := serve(t)
-	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "tcp"}})
-	node.WaitCount(t, 5, c.Log)
-	path := location(t)
-	if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
-		t.Fatal(err)
-	}
-	images := members(t, path)
-	if images["checkpoint/tcp-stream-"] == 0 {
-		t.Errorf("no TCP stream in the images: %v", images)
-	}
-	pid, err := c.Pid(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	rules, err := exec.Command("nsenter", "-n", "-t", strconv.Itoa(pid), "iptables-save").CombinedOutput()
-	if err != nil {
-		t.Fatalf("list rules: %v: %s", err, rules)
-	}
-	if strings.Contains(string(rules), "DROP") || strings.Contains(string(rules), "CRIU") {
-		t.Errorf("the network lock is still there:\n%s", rules)
-	}
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
-	unharmed(t, c, path)
-}
-
 // members counts the members of an archive by name, numbers and extension cut off.
 func members(t *testing.T, path string) map[string]int {
 	t.Helper()
