@@ -107,7 +107,7 @@ func (c cache) images(ctx context.Context) (string, error) {
 			Config: images.Config{Entrypoint: []string{"/pause"}},
 			Files:  []images.File{{Name: "pause", Mode: 0o755, Source: programs["pause"]}},
 		},
-		workload(programs["workload"], filepath.Join(root, "bin/busybox")),
+		workload(programs["workload"], root),
 	}
 	writer, err := images.Sources.ReadFile("images.go")
 	if err != nil {
@@ -123,15 +123,31 @@ func (c cache) images(ctx context.Context) (string, error) {
 	})
 }
 
-func workload(program, busybox string) image {
+func workload(program, root string) image {
+	some := filepath.Join(root, "etc/debian_version")
 	files := []images.File{
 		{Name: "bin", Mode: fs.ModeDir | 0o755},
 		{Name: "etc", Mode: fs.ModeDir | 0o755},
 		{Name: "root", Mode: fs.ModeDir | 0o700},
 		{Name: "tmp", Mode: fs.ModeDir | fs.ModeSticky | 0o777},
 		{Name: "var", Mode: fs.ModeDir | 0o755},
-		{Name: "bin/busybox", Mode: 0o755, Source: busybox},
+		{Name: "bin/busybox", Mode: 0o755, Source: filepath.Join(root, "bin/busybox")},
 		{Name: "bin/workload", Mode: 0o755, Source: program},
+		// What containers change, replace and delete.
+		{Name: "lower", Mode: fs.ModeDir | 0o755},
+		{Name: "lower/changed", Mode: 0o644, Source: some},
+		{Name: "lower/deleted", Mode: 0o644, Source: some},
+		{Name: "lower/link", Mode: fs.ModeSymlink | 0o777, Source: "changed"},
+		{Name: "lower/renamed", Mode: 0o644, Source: some},
+		{Name: "lower/to-directory", Mode: 0o644, Source: some},
+		{Name: "lower/owned", Mode: fs.ModeDir | 0o755},
+		{Name: "lower/owned/file", Mode: 0o644, Source: some},
+		{Name: "lower/removed", Mode: fs.ModeDir | 0o755},
+		{Name: "lower/removed/file", Mode: 0o644, Source: some},
+		{Name: "lower/replaced", Mode: fs.ModeDir | 0o755},
+		{Name: "lower/replaced/file", Mode: 0o644, Source: some},
+		{Name: "lower/to-file", Mode: fs.ModeDir | 0o755},
+		{Name: "lower/to-file/file", Mode: 0o644, Source: some},
 	}
 	const applets = "cat chmod cp dd df echo env id kill ln ls mkdir mkfifo mount mv nc ps rm sh sleep stat sync touch true wget"
 	for applet := range strings.FieldsSeq(applets) {

@@ -2,7 +2,8 @@
 // machine without a restoring engine, and how tests and demo see that an archive is worth something.
 //
 // What an engine would provide is made here: a root file system from the image with the archive's changes applied, a network
-// namespace, and empty sources for the bind mounts, except /dev/shm, whose content the archive has.
+// namespace, a pod's process namespace, the other end of a terminal, and sources for the bind mounts: what the machine has for
+// them, otherwise empty ones, except /dev/shm, whose content the archive has.
 package restore
 
 import (
@@ -30,6 +31,9 @@ type Machine struct {
 	Command func(ctx context.Context, name string, args ...string) *exec.Cmd
 	// Path tells where a path of the machine is found here.
 	Path func(string) string
+	// Volumes are paths of the machine by the mount points of the container that they are mounted at: volumes, whose content is not
+	// in an archive.
+	Volumes map[string]string
 }
 
 // Local is the machine that this process runs on.
@@ -43,6 +47,11 @@ type Container struct {
 	Runtime string // "runc" or "crun"
 	machine Machine
 	dir     string // of the machine
+	// terminal is nil unless the container has one.
+	terminal *terminal
+	// pod holds a process namespace that the container shares; nil if it has its own or the machine's.
+	pod      *exec.Cmd
+	podInput io.Closer
 }
 
 // Archive restores an archive, whose container ran from the image, and returns when the container goes on.
@@ -65,23 +74,68 @@ func Archive(ctx context.Context, m Machine, r io.Reader, image string) (_ *Cont
 	if err := c.makeRootfs(ctx, image); err != nil {
 		return nil, err
 	}
-	if err := c.makeSpec(ctx); err != nil {
+	spec, err := c.makeSpec(ctx)
+	if err != nil {
 		return nil, err
 	}
+	args := []string{c.Runtime, "restore", "--detach", "--file-locks", "--tcp-established",
+		"--bundle", c.dir, "--image-path", c.dir + "/checkpoint", "--work-path", c.dir + "/work"}
+	if spec.Process.Terminal {
+		socket := c.dir + "/console"
+		if c.terminal, err = listenForTerminal(m.Path(socket)); err != nil {
+			return nil, err
+		}
+		args = append(args, "--console-socket", socket)
+	}
 	// The standard streams must be the machine's own, so that the restored process has no file of another mount namespace.
-	script := fmt.Sprintf(`exec %s restore --detach --bundle %s --image-path %s/checkpoint --work-path %s/work %s </dev/null >%s/output 2>%s/stderr`,
-		c.Runtime, c.dir, c.dir, c.dir, c.ID, c.dir, c.dir)
-	if err := c.run(ctx, "sh", "-c", script); err != nil {
+	// Its input is a FIFO that never ends, since it is open for writing, too.
+	script := fmt.Sprintf(`mkfifo -m 0600 %[1]s/input && exec "$@" <>%[1]s/input >%[1]s/output 2>%[1]s/stderr`, c.dir)
+	if err := c.run(ctx, "sh", append([]string{"-c", script, "sh"}, append(args, c.ID)...)...); err != nil {
 		stderr, _ := os.ReadFile(m.Path(c.dir + "/stderr"))
 		return nil, fmt.Errorf("%s restore: %w: %s%s", c.Runtime, err, stderr, c.restoreErrors())
 	}
 	return c, nil
 }
 
-// Output is what the container has written since it was restored.
+// Output is what the container has written since it was restored, to its standard output or its terminal.
 func (c *Container) Output() (string, error) {
+	if c.terminal != nil {
+		return c.terminal.output(), nil
+	}
 	content, err := os.ReadFile(c.machine.Path(c.dir + "/output"))
 	return string(content), err
+}
+
+// Input writes to the container's standard input, if it had one, or its terminal.
+func (c *Container) Input(text string) error {
+	if c.terminal != nil {
+		return c.terminal.input(text)
+	}
+	file, err := os.OpenFile(c.machine.Path(c.dir+"/input"), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = file.WriteString(text)
+	return errors.Join(err, file.Close())
+}
+
+// Signal sends a signal, such as "USR1", to the container's first process.
+func (c *Container) Signal(ctx context.Context, signal string) error {
+	return c.run(ctx, c.Runtime, "kill", c.ID, signal)
+}
+
+// Exec runs a command in the container and returns its standard output.
+func (c *Container) Exec(ctx context.Context, command ...string) (string, error) {
+	cmd := c.machine.Command(ctx, c.Runtime, append([]string{"exec", c.ID}, command...)...)
+	out, err := cmd.Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			err = fmt.Errorf("%w: %s", err, bytes.TrimSpace(exit.Stderr))
+		}
+		return string(out), fmt.Errorf("exec in %s: %w", c.ID, err)
+	}
+	return string(out), nil
 }
 
 // File reads a file of the container's root file system.
@@ -106,12 +160,20 @@ func (c *Container) Remove(ctx context.Context) error {
 		// Also of a container that was never restored.
 		_ = c.run(ctx, c.Runtime, "delete", "--force", c.ID)
 	}
+	if c.terminal != nil {
+		errs = append(errs, c.terminal.close())
+	}
+	if c.pod != nil {
+		errs = append(errs, c.endPod())
+	}
 	rootfs := c.dir + "/rootfs"
 	if c.run(ctx, "mountpoint", "-q", rootfs) == nil {
 		errs = append(errs, c.run(ctx, "ctr", "-n", "k8s.io", "images", "unmount", "--rm", rootfs))
 	}
-	if c.run(ctx, "mountpoint", "-q", c.netns()) == nil {
-		errs = append(errs, c.run(ctx, "umount", c.netns()))
+	for _, namespace := range []string{c.netns(), c.pidns()} {
+		if c.run(ctx, "mountpoint", "-q", namespace) == nil {
+			errs = append(errs, c.run(ctx, "umount", namespace))
+		}
 	}
 	return errors.Join(append(errs, os.RemoveAll(c.machine.Path(c.dir)))...)
 }
@@ -152,26 +214,29 @@ func (c *Container) makeRootfs(ctx context.Context, image string) error {
 }
 
 // makeSpec makes the bundle's config.json: the archive's own, with this machine's mounts and namespaces.
-func (c *Container) makeSpec(ctx context.Context) error {
+func (c *Container) makeSpec(ctx context.Context) (*specs.Spec, error) {
 	var spec specs.Spec
 	if err := c.readJSON(archive.SpecDump, &spec); err != nil {
-		return err
+		return nil, err
 	}
 	var binds []archive.BindMount
 	if err := c.readJSON(archive.BindMounts, &binds); err != nil {
-		return err
+		return nil, err
 	}
 	spec.Root.Path = c.dir + "/rootfs"
 	spec.Linux.CgroupsPath = "/" + c.ID
 	for i, bind := range binds {
-		source := fmt.Sprintf("%s/mounts/%d", c.dir, i)
+		source, ok := c.machine.Volumes[bind.Destination]
+		if !ok {
+			source = fmt.Sprintf("%s/mounts/%d", c.dir, i)
+			if err := c.makeSource(ctx, source, bind); err != nil {
+				return nil, err
+			}
+		}
 		for j := range spec.Mounts {
 			if spec.Mounts[j].Destination == bind.Destination {
 				spec.Mounts[j].Source = source
 			}
-		}
-		if err := c.makeSource(ctx, source, bind); err != nil {
-			return err
 		}
 	}
 	for i, ns := range spec.Linux.Namespaces {
@@ -180,26 +245,67 @@ func (c *Container) makeSpec(ctx context.Context) error {
 		case ns.Type == specs.NetworkNamespace:
 			// Not by ip netns: that mounts /run/netns anew over the namespaces that CNI has there.
 			if err := os.WriteFile(c.machine.Path(c.netns()), nil, 0o600); err != nil {
-				return err
+				return nil, err
 			}
 			if err := c.run(ctx, "unshare", "--net="+c.netns(), "ip", "link", "set", "lo", "up"); err != nil {
-				return err
+				return nil, err
 			}
 			spec.Linux.Namespaces[i].Path = c.netns()
 		case ns.Type == specs.PIDNamespace:
-			return errors.New("restore by hand: a container of a shared process namespace needs a pod to be restored in")
+			if err := c.startPod(ctx); err != nil {
+				return nil, err
+			}
+			spec.Linux.Namespaces[i].Path = c.pidns()
 		default:
 			spec.Linux.Namespaces[i].Path = "" // CRIU makes it again from what was dumped
 		}
 	}
 	content, err := json.Marshal(spec)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return os.WriteFile(c.machine.Path(c.dir+"/config.json"), content, 0o600)
+	return &spec, os.WriteFile(c.machine.Path(c.dir+"/config.json"), content, 0o600)
 }
 
 func (c *Container) netns() string { return c.dir + "/netns" }
+func (c *Container) pidns() string { return c.dir + "/pidns" }
+
+// startPod makes a process namespace like that of a pod: with a first process that is not the container's. It takes pid 1 alone,
+// so that the container's are free.
+func (c *Container) startPod(ctx context.Context) error {
+	if err := os.WriteFile(c.machine.Path(c.pidns()), nil, 0o600); err != nil {
+		return err
+	}
+	// It reads until its input ends, with Remove or with this process.
+	cmd := c.machine.Command(context.WithoutCancel(ctx), "unshare", "--pid="+c.pidns(), "--fork", "cat")
+	input, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	output, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start pod: %w", err)
+	}
+	c.pod, c.podInput = cmd, input
+	// Once it echoes, the namespace is there.
+	if _, err := io.WriteString(input, "\n"); err != nil {
+		return fmt.Errorf("start pod: %w", err)
+	}
+	if _, err := output.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("start pod: %w", err)
+	}
+	return nil
+}
+
+func (c *Container) endPod() error {
+	if err := errors.Join(c.podInput.Close(), c.pod.Wait()); err != nil {
+		return fmt.Errorf("end pod: %w", err)
+	}
+	return nil
+}
 
 func (c *Container) makeSource(ctx context.Context, source string, bind archive.BindMount) error {
 	here := c.machine.Path(source)

@@ -4,18 +4,23 @@
 //	workload count         increments a number in memory every 100 ms
 //	workload memory SIZE   does the same beside SIZE MiB of incompressible memory, and keeps verifying them
 //	workload tcp           does the same and sends each step over a TCP connection with itself
+//	workload hold KIND…    sets up what the kinds name, and tells their state whenever it gets SIGUSR1
+//	workload list DIR      lists what the kind tree makes a digest of
 //
 // The number is written to standard output, as lines "count N", and then into the file /var/count: memory, log and
 // writable layer of one moment agree within one step.
 package main
 
 import (
+	"errors"
 	"fmt"
 	"hash/crc64"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -35,29 +40,42 @@ func main() {
 }
 
 func run(args []string) error {
-	switch {
-	case len(args) == 1 && args[0] == "count":
-		return count(func() error { return nil })
-	case len(args) == 2 && args[0] == "memory":
-		size, err := strconv.Atoi(args[1])
-		if err != nil || size < 1 {
-			return fmt.Errorf("size %q is not a positive number of MiB", args[1])
-		}
-		verify, err := fill(size)
-		if err != nil {
-			return err
-		}
-		return count(verify)
-	case len(args) == 1 && args[0] == "tcp":
-		echo, err := connect()
-		if err != nil {
-			return err
-		}
-		return count(echo)
-	case len(args) > 0 && args[0] == "net":
-		return network(args[1:])
+	commands := map[string]func(args []string) error{
+		"count":  func([]string) error { return count(func() error { return nil }) },
+		"memory": countMemory,
+		"tcp":    countTCP,
+		"net":    network, // network.go
+		"hold":   hold,
+		"list":   list,
+		"part":   part, // what hold starts, see there
 	}
-	return fmt.Errorf("usage: workload count | memory SIZE | tcp")
+	if len(args) == 0 || commands[args[0]] == nil {
+		return fmt.Errorf("usage: workload COMMAND [ARGUMENT…]; commands are %q", slices.Sorted(maps.Keys(commands)))
+	}
+	return commands[args[0]](args[1:])
+}
+
+func countMemory(args []string) error {
+	if len(args) != 1 {
+		return errors.New("usage: workload memory SIZE")
+	}
+	size, err := strconv.Atoi(args[0])
+	if err != nil || size < 1 {
+		return fmt.Errorf("size %q is not a positive number of MiB", args[0])
+	}
+	verify, err := fill(size)
+	if err != nil {
+		return err
+	}
+	return count(verify)
+}
+
+func countTCP([]string) error {
+	echo, err := connect()
+	if err != nil {
+		return err
+	}
+	return count(echo)
 }
 
 // count runs until SIGTERM, and calls check once a step.

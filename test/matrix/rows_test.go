@@ -1,0 +1,135 @@
+package matrix
+
+import (
+	"context"
+	"slices"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/test/node"
+)
+
+// row is a kind of container.
+type row struct {
+	name string
+	// what it holds, for the table.
+	what string
+	// kinds are the workload's, as in "workload hold KIND…".
+	kinds []string
+	// pod and container change what is asked of the CRI. They may be nil.
+	pod       func(*cri.PodSandboxConfig)
+	container func(*cri.ContainerConfig)
+	volumes   []volume
+	// before is called before the container is started. It may be nil.
+	before func(context.Context, *site) error
+	// during is called before the dump, and what it returns after it. It may be nil.
+	during func(context.Context, *node.Container) (end func() error, err error)
+	// alone says that no other row is to run at the same time: it needs much memory, or much of the disk.
+	alone bool
+	// limits are why it cannot be started, dumped or restored, if so.
+	limits []limit
+	// program is what runs in place of the workload. It may be nil.
+	program *program
+}
+
+// program is another program than the workload.
+type program struct {
+	image   string
+	command []string
+	// ready is what the program writes once it can be asked.
+	ready string
+	// state asks it. What it says must be the same before and after.
+	state func(context.Context, instance) (string, error)
+}
+
+// volume is a directory of the node that is mounted in the container. What the container writes into it is there, too, where it
+// is restored.
+type volume struct {
+	path        string
+	readOnly    bool
+	propagation cri.MountPropagation
+	// prepare makes more of the directory source on a node. It may be nil.
+	prepare func(ctx context.Context, n *node.Node, source string) error
+	// sub is the path below it that is mounted, if not all of it.
+	sub string
+}
+
+// limit is a known reason why a step fails.
+type limit struct {
+	step step
+	// runtime and cgroup are where, empty for everywhere.
+	runtime, cgroup string
+	// unless is a condition under which there is no such limit; nil if there is none.
+	unless *condition
+	// reason is for the table, text what the error must contain.
+	reason, text string
+}
+
+// condition is something that a machine has or has not.
+type condition struct {
+	name string
+	met  bool
+}
+
+func (r row) image() string {
+	if r.program != nil {
+		return r.program.image
+	}
+	return node.WorkloadImage
+}
+
+func (r row) ready() string {
+	if r.program != nil {
+		return r.program.ready
+	}
+	return "holding"
+}
+
+func (r row) state(ctx context.Context, i instance) (string, error) {
+	if r.program != nil {
+		return r.program.state(ctx, i)
+	}
+	return ask(ctx, i)
+}
+
+func (r row) spec(runtime string, mounts []*cri.Mount) node.Spec {
+	command := append([]string{"/bin/workload", "hold"}, r.kinds...)
+	if r.program != nil {
+		command = r.program.command
+	}
+	return node.Spec{
+		Name: "matrix", Handler: runtime, Image: r.image(), Command: command, Mounts: mounts,
+		Pod: r.pod,
+		Container: func(c *cri.ContainerConfig) {
+			if r.container != nil {
+				r.container(c)
+			}
+		},
+	}
+}
+
+// section is a part of the table.
+type section struct {
+	title string
+	rows  []row
+}
+
+func sections() []section {
+	return []section{
+		{"Processes and memory", slices.Concat(memoryRows())},
+	}
+}
+
+func memoryRows() []row {
+	return []row{
+		{name: "memory", what: "1 GiB of private memory with known content", kinds: []string{"memory=1024"}, alone: true},
+		{name: "processes", what: "children, process groups, sessions, an orphan, a stopped process, zombies", kinds: []string{"family"}},
+		{name: "threads", what: "50 threads with names and priorities", kinds: []string{"threads=50"}},
+		{name: "shared memory", what: "a memory file that three processes have mapped", kinds: []string{"shared-memory"}},
+		{name: "mapped files", what: "files mapped privately and shared, with changes", kinds: []string{"mapped-private", "mapped-shared"}},
+		{name: "memfd", what: "a sealed memory file, open and mapped", kinds: []string{"memfd"}},
+		{name: "protections", what: "memory of every protection, locked memory, advice", kinds: []string{"protections"}},
+		{name: "identity", what: "users, capabilities, umask, personality", kinds: []string{"identity"}},
+		{name: "files", kinds: []string{"tree=/"}},
+	}
+}

@@ -1,0 +1,162 @@
+package matrix
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+)
+
+const document = "../../docs/compatibility.md"
+
+// column is where a row was run.
+type column struct{ runtime, cgroup string }
+
+var columns = []column{{"runc", "v1"}, {"runc", "v2"}, {"crun", "v1"}, {"crun", "v2"}}
+
+// limitAt is the limit that a row has in a column, nil if it has none.
+func (r row) limitAt(c column) *limit {
+	for i, l := range r.limits {
+		if (l.runtime == "" || l.runtime == c.runtime) && (l.cgroup == "" || l.cgroup == c.cgroup) {
+			return &r.limits[i]
+		}
+	}
+	return nil
+}
+
+// judge fails the test unless a container got as far as it should have: to the end or, where there is a limit, to the step and
+// the words that the limit names. It says whether it did.
+func (r row) judge(t *testing.T, c column, o outcome) bool {
+	t.Helper()
+	l := r.limitAt(c)
+	if l != nil && l.unless != nil && l.unless.met {
+		l = nil
+	}
+	switch {
+	case l == nil && o.failed != finished:
+		t.Errorf("%s: %v", o.failed, o.err)
+	case l != nil && o.failed == finished:
+		t.Errorf("there is no limit any more, take it out of the row: %s", l.reason)
+	case l != nil && o.failed != l.step:
+		t.Errorf("%s, where %s was to fail: %v", o.failed, l.step, o.err)
+	case l != nil && !strings.Contains(o.err.Error(), l.text):
+		t.Errorf("%s: %v\nwant the words %q", o.failed, o.err, l.text)
+	}
+	return !t.Failed()
+}
+
+// table is where rows went as they should.
+type table struct {
+	mu   sync.Mutex
+	seen map[string]map[column]bool
+}
+
+func (t *table) add(r row, c column, good bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.seen == nil {
+		t.seen = map[string]map[column]bool{}
+	}
+	if t.seen[r.name] == nil {
+		t.seen[r.name] = map[column]bool{}
+	}
+	t.seen[r.name][c] = good
+}
+
+func (t *table) complete() bool {
+	for _, section := range sections() {
+		for _, row := range section.rows {
+			for _, c := range columns {
+				if !t.seen[row.name][c] {
+					return false
+				}
+			}
+		}
+	}
+	return true
+}
+
+// compare compares the document with what was seen, as far as rows were run, or writes it.
+func (t *table) compare(test *testing.T) {
+	test.Helper()
+	whole := render()
+	if *update {
+		if !t.complete() {
+			test.Fatal("-update: only a run of all rows can write the table")
+		}
+		if err := os.WriteFile(document, []byte(whole), 0o644); err != nil {
+			test.Fatal(err)
+		}
+		return
+	}
+	content, err := os.ReadFile(document)
+	if err != nil {
+		test.Fatal(err)
+	}
+	if string(content) != whole {
+		for line := range strings.Lines(whole) {
+			if !strings.Contains(string(content), line) {
+				test.Errorf("docs/compatibility.md differs from what was seen; it lacks %q; make compatibility writes it", line)
+				break
+			}
+		}
+	}
+}
+
+const introduction = `# Compatibility
+
+Containers that crishim checkpoints and that their own OCI runtime restores: each was checkpointed through the CRI, went on
+undisturbed, was restored on another node, and was in the same state there. A cell says how far it got on a runtime and a version of cgroups.
+The table is made by the tests (make compatibility), which fail when it is no longer true.
+
+`
+
+// render makes the document of rows that went as they should.
+func render() string {
+	var b strings.Builder
+	b.WriteString(introduction)
+	var notes []string
+	for _, section := range sections() {
+		fmt.Fprintf(&b, "## %s\n\n| container | holds |", section.title)
+		for _, c := range columns {
+			fmt.Fprintf(&b, " %s %s: dump | restore |", c.runtime, c.cgroup)
+		}
+		b.WriteString("\n|---|---|" + strings.Repeat("---|---|", len(columns)) + "\n")
+		for _, row := range section.rows {
+			fmt.Fprintf(&b, "| %s | %s |", row.name, row.what)
+			for _, c := range columns {
+				for _, s := range []step{dumping, restoring} {
+					fmt.Fprintf(&b, " %s |", cell(row.limitAt(c), s, &notes))
+				}
+			}
+			b.WriteString("\n")
+		}
+		b.WriteString("\n")
+	}
+	if len(notes) > 0 {
+		b.WriteString("## Notes\n\n")
+	}
+	for i, note := range notes {
+		fmt.Fprintf(&b, "%d. %s\n", i+1, note)
+	}
+	return b.String()
+}
+
+// cell says whether a step succeeds, and adds its note to those that there are.
+func cell(l *limit, s step, notes *[]string) string {
+	if l == nil || l.step == restoring && s == dumping {
+		return "yes"
+	}
+	note := fmt.Sprintf("%s The error says: `%s`", l.reason, l.text)
+	i := slices.Index(*notes, note)
+	if i < 0 {
+		i = len(*notes)
+		*notes = append(*notes, note)
+	}
+	if l.unless != nil {
+		return fmt.Sprintf("with %s [%d]", l.unless.name, i+1)
+	}
+	return fmt.Sprintf("no [%d]", i+1)
+}
