@@ -55,7 +55,7 @@ func TestMatrix(t *testing.T) {
 func start(t *testing.T, binary, cgroup string) *site {
 	t.Helper()
 	s := &site{cgroup: cgroup}
-	options := node.Options{CgroupV2: cgroup == "v2"}
+	options := node.Options{CgroupV2: cgroup == "v2", Programs: true}
 	s.first, s.second = startNode(t, options, "first"), startNode(t, options, "second")
 	if _, err := s.first.StartCrishim(t.Context(), binary, "--log-level", "debug"); err != nil {
 		t.Fatal(err)

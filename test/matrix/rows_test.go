@@ -117,6 +117,7 @@ type section struct {
 func sections() []section {
 	return []section{
 		{"Processes and memory", slices.Concat(memoryRows())},
+		{"Programs", programRows()},
 	}
 }
 

@@ -38,7 +38,11 @@ func (c cache) programs(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("read sources: %w", err)
 	}
-	return c.entry(ctx, "image-programs", fmt.Sprintf("%s\n%s\n%s\n%q", filepath.Base(lower), imageRecipe, writer, sources), func(temporary string) error {
+	config := images.Config{
+		Cmd: []string{"/usr/bin/python3", "/programs/main.py"},
+		Env: []string{"PATH=/usr/bin:/bin"},
+	}
+	return c.entry(ctx, "image-programs", fmt.Sprintf("%s\n%+v\n%s\n%s\n%q", filepath.Base(lower), config, imageRecipe, writer, sources), func(temporary string) error {
 		dir, err := os.MkdirTemp(string(c), "image-*")
 		if err != nil {
 			return err
@@ -52,10 +56,6 @@ func (c cache) programs(ctx context.Context) (string, error) {
 			if err := os.WriteFile(filepath.Join(programs, name), content, 0o644); err != nil {
 				return err
 			}
-		}
-		config := images.Config{
-			Cmd: []string{"/usr/bin/python3", "/programs/main.py"},
-			Env: []string{"PATH=/usr/bin:/bin"},
 		}
 		return images.WriteTar(temporary, "programs", config, func(w io.Writer) error {
 			var stderr bytes.Buffer
