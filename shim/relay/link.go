@@ -335,11 +335,15 @@ func (l *link) forget(id uint32) {
 // deliver passes frames of one stream to the client, in order with what may be
 // held for it. The caller flushes or nudges.
 func (l *link) deliver(id uint32, raw []byte) {
-	if l.account.pass(id, raw) {
+	now, stripped := l.account.pass(id, raw)
+	if now {
 		l.client.add(raw)
-	} else {
-		l.release()
+		return
 	}
+	if stripped > 0 { // the connection's window gets it back in settle
+		l.runtime.send(appendWindowUpdate(nil, id, stripped))
+	}
+	l.release()
 }
 
 // release passes what the client's connection window lets through of what is held.

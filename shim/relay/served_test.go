@@ -257,6 +257,8 @@ func TestDebt(t *testing.T) {
 	p.runtime.WriteDataPadded(1, false, make([]byte, 16283), make([]byte, 99)) // 16383 in all
 	p.runtime.WriteHeaders(p.block(1, true, "grpc-status", "0"))
 	p.expectClient("DATA 1 16384", "DATA 1 16384", "DATA 1 12767") // the rest is held
+	// Its padding will not be sent: the stream's window gets it back at once, the connection's with the debt.
+	p.expectRuntime("WINDOW_UPDATE 1 100")
 	// Frames that cost no window are not held up by those that do.
 	p.runtime.WriteWindowUpdate(0, 77)
 	p.expectClient("WINDOW_UPDATE 0 77")

@@ -42,8 +42,9 @@ func (a *account) charge(n int) error {
 
 // pass decides on frames of one stream toward the client, one DATA frame or a
 // few others: true if they may be written now, false if they are held until
-// the client's window opens. Frames of one stream keep their order.
-func (a *account) pass(id uint32, raw []byte) bool {
+// the client's window opens. Frames of one stream keep their order. stripped is
+// the padding of a held frame, which the client will never see nor grant again.
+func (a *account) pass(id uint32, raw []byte) (now bool, stripped int64) {
 	f := parseFrame(raw)
 	cost := int64(0)
 	if f.is(http2.FrameData) {
@@ -51,20 +52,21 @@ func (a *account) pass(id uint32, raw []byte) bool {
 	}
 	if a.by[id] == 0 && (cost == 0 || a.data == 0 && cost <= a.window) {
 		a.window -= cost
-		return true
+		return true, 0
 	}
 	var own []byte
 	if cost > 0 { // without its padding, so that it can be split anywhere
 		p, _ := f.data() // checked when it came
 		own = appendData(nil, id, p, f.has(http2.FlagDataEndStream))
 		a.data += int64(len(p))
+		stripped = cost - int64(len(p))
 	} else {
 		own = append(own, raw...)
 	}
 	a.held = append(a.held, parseFrame(own))
 	a.by[id]++
 	a.size += len(own)
-	return false
+	return false, stripped
 }
 
 // release appends to b what the window now lets through of what is held.
