@@ -92,6 +92,7 @@ func (p *clientPump) run() error {
 type request struct {
 	headers
 	fields []hpack.HeaderField
+	size   int // of the header list, as RFC 9113 counts it
 	path   string
 	bad    string // why it is refused
 	large  bool
@@ -113,7 +114,7 @@ func (p *clientPump) decode(h headers) (*request, error) {
 	if err != nil {
 		return nil, &connError{http2.ErrCodeCompression, err.Error()}
 	}
-	r := &request{headers: h, fields: p.fields, large: p.size > maxHeaderList}
+	r := &request{headers: h, fields: p.fields, size: p.size, large: p.size > maxHeaderList}
 	paths := 0
 	for _, f := range p.fields {
 		if f.Name == ":path" {

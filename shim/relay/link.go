@@ -41,6 +41,7 @@ type link struct {
 	runtime outlet
 
 	attached bool   // there is a runtime at the other end
+	partial  int    // bytes held by requests to handlers that are not whole yet
 	cause    string // why not
 	unacked  int    // SETTINGS of the client that the runtime has to acknowledge
 	uploaded int64  // DATA sent to the runtime that it has not granted again

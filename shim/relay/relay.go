@@ -33,8 +33,8 @@ import (
 const (
 	// defaultHold is less than the 5 s that a kubelet waits for a connection.
 	defaultHold = 3 * time.Second
-	// maxServed bounds the streams in this process at any moment; with
-	// maxBody it bounds the memory of their requests.
+	// maxServed bounds the handlers that run at any moment; with maxBody it
+	// bounds the memory of their requests.
 	maxServed = 128
 	// lastWrite is how long the last frames of a connection may take, and how
 	// long handlers have to return once their requests are cancelled.
@@ -72,7 +72,7 @@ type Config struct {
 type Server struct {
 	cfg     Config
 	endless map[string]bool
-	served  chan struct{} // one slot for each stream served here
+	served  chan struct{} // one slot for each handler that runs
 	away    atomic.Bool   // the runtime, for the log
 
 	ctx    context.Context // of every connection; ends with Shutdown

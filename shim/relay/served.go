@@ -19,9 +19,17 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// maxBody bounds the request of a stream served here, which is kept whole in
-// memory until its handler has run.
-const maxBody = 64 << 10
+const (
+	// maxBody bounds the request of a stream served here, which is kept whole
+	// in memory until its handler has run, and likewise its header list.
+	maxBody = 64 << 10
+	// maxPartial bounds what the requests of one connection hold that are not
+	// whole yet. They take no slot of maxServed: a client that finishes none
+	// of its requests uses up what is its own, and nothing of others.
+	maxPartial = 1 << 20
+	// exchangeSize is about what a request holds besides header list and body.
+	exchangeSize = 2 << 10
+)
 
 // errGone is what a handler's writes return once nobody reads them.
 var errGone = errors.New("write answer: the stream has ended")
@@ -38,7 +46,7 @@ type exchange struct {
 
 	// guarded by l.mu
 	body    []byte
-	started bool  // the handler
+	partial int   // what the request counts for in l.partial; 0 once it is whole
 	window  int64 // bytes that the client accepts on the stream
 
 	// the handler's
@@ -62,15 +70,13 @@ func (l *link) open(r *request, handler http.Handler) error {
 	}
 	x.req.RemoteAddr = l.client.conn.RemoteAddr().String()
 	l.streams[r.id] = x.st
-	select {
-	case l.s.served <- struct{}{}:
-	default:
-		x.started = true // has no slot to give back
-		l.finish(r.id, x.st, resourceExhausted, fmt.Sprintf("%d calls are being served already: try again later", maxServed))
-		return nil
-	}
-	if r.end {
+	switch {
+	case r.size > maxBody:
+		l.finish(r.id, x.st, resourceExhausted, fmt.Sprintf("the request's headers are larger than %d bytes", maxBody))
+	case r.end:
 		x.start()
+	default:
+		x.grow(exchangeSize + r.size)
 	}
 	return nil
 }
@@ -104,23 +110,41 @@ func newRequest(ctx context.Context, fields []hpack.HeaderField) (*http.Request,
 	return req.WithContext(ctx), nil
 }
 
-// The next four are called with l.mu held.
+// The next six are called with l.mu held.
+
+// grow counts n more bytes of a request that is not whole, or refuses it.
+func (x *exchange) grow(n int) bool {
+	if x.l.partial+n > maxPartial {
+		x.l.finish(x.id, x.st, resourceExhausted, fmt.Sprintf("unfinished requests on this connection hold %d bytes already: finish or cancel some", x.l.partial))
+		return false
+	}
+	x.partial += n
+	x.l.partial += n
+	return true
+}
 
 // receive takes a piece of the request's body.
 func (x *exchange) receive(p []byte) {
-	if len(x.body)+len(p) > maxBody {
+	switch {
+	case len(x.body)+len(p) > maxBody:
 		x.l.finish(x.id, x.st, resourceExhausted, fmt.Sprintf("the request is larger than %d bytes", maxBody))
-		return
+	case x.grow(len(p)):
+		x.body = append(x.body, p...)
 	}
-	x.body = append(x.body, p...)
 }
 
-// start runs the handler: the request is whole.
+// start runs the handler, if a slot is free: the request is whole.
 func (x *exchange) start() {
-	if x.started {
+	if x.gone() { // refused with its last piece
 		return
 	}
-	x.started = true
+	select {
+	case x.l.s.served <- struct{}{}:
+	default:
+		x.l.finish(x.id, x.st, resourceExhausted, fmt.Sprintf("%d calls are being served already: try again later", maxServed))
+		return
+	}
+	x.whole()
 	x.req.ContentLength = int64(len(x.body))
 	x.req.Body = io.NopCloser(bytes.NewReader(x.body))
 	x.l.tasks.Go(x.serve)
@@ -129,10 +153,13 @@ func (x *exchange) start() {
 // abandon is called once when the stream is removed, however it ended.
 func (x *exchange) abandon() {
 	x.cancel()
-	if !x.started {
-		x.started = true
-		<-x.l.s.served
-	}
+	x.whole()
+}
+
+// whole ends the request's part in what is counted as not whole.
+func (x *exchange) whole() {
+	x.l.partial -= x.partial
+	x.partial = 0
 }
 
 func (x *exchange) gone() bool { return x.l.ended || x.l.streams[x.id] != x.st }

@@ -230,15 +230,100 @@ func TestHandlerThatHangs(t *testing.T) {
 	p.expectEnd(p.runtime)
 }
 
-// TestResetBeforeTheEnd: a request that never became whole gives its slot back.
-func TestResetBeforeTheEnd(t *testing.T) {
+// TestUnfinishedRequests hold up nobody, and not much memory.
+func TestUnfinishedRequests(t *testing.T) {
 	p := newPair(t, handlers(answer(0)))
-	for id := uint32(1); id < 10*maxServed; id += 2 {
+	id := uint32(1)
+	next := func(n int) uint32 { // opens a request and sends n bytes of it
 		p.open(id, here)
-		p.client.WriteRSTStream(id, http2.ErrCodeCancel)
+		for ; n > 0; n -= maxFrame {
+			size := min(n, maxFrame)
+			p.client.WriteData(id, false, make([]byte, size))
+			p.expectClient(fmt.Sprintf("WINDOW_UPDATE 0 %d", size), fmt.Sprintf("WINDOW_UPDATE %d %d", id, size))
+		}
+		id += 2
+		return id - 2
 	}
-	p.ask(10*maxServed+1, here, 0)
-	p.expectClient(fmt.Sprintf("HEADERS %d", 10*maxServed+1))
+	served := func() {
+		t.Helper()
+		p.client.WriteHeaders(p.block(id, true, requestTo(here)...))
+		p.expectClient(fmt.Sprintf("HEADERS %d", id), fmt.Sprintf("HEADERS %d END", id))
+		id += 2
+	}
+	refused := func(id uint32) {
+		t.Helper()
+		p.expectClient(fmt.Sprintf("HEADERS %d END", id), fmt.Sprintf("RST_STREAM %d NO_ERROR", id))
+		if p.field("grpc-status") != "8" || !strings.Contains(p.field("grpc-message"), "unfinished") {
+			t.Errorf("answer %v", p.fields)
+		}
+	}
+	// More than there are slots: they take none.
+	var open []uint32
+	for range 2 * maxServed {
+		open = append(open, next(0))
+	}
+	served()
+	// With their bodies they hold too much at some point; what is there is kept.
+	partial := func() int {
+		l := p.link()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.partial
+	}
+	for partial() <= maxPartial-maxBody {
+		open = append(open, next(maxBody))
+	}
+	last := next(maxPartial - partial() - exchangeSize - 1000)
+	p.client.WriteData(last, false, make([]byte, 1000))
+	p.expectClient("WINDOW_UPDATE 0 1000", fmt.Sprintf("WINDOW_UPDATE %d 1000", last))
+	refused(last)
+	served()
+	// However they end, nothing of them is left: reset, finished, finished by trailers.
+	for i, id := range open {
+		switch i % 3 {
+		case 0:
+			p.client.WriteRSTStream(id, http2.ErrCodeCancel)
+			continue
+		case 1:
+			p.client.WriteData(id, true, nil)
+		case 2:
+			p.client.WriteHeaders(p.block(id, true, "bye", "1"))
+		}
+		p.expectClient(fmt.Sprintf("HEADERS %d", id), fmt.Sprintf("HEADERS %d END", id))
+	}
+	served()
+	if n := partial(); n != 0 {
+		t.Errorf("%d bytes count as held when nothing is open", n)
+	}
+	// Header lists count too.
+	long := func() uint32 {
+		p.client.WriteHeaders(p.block(id, false, append(requestTo(here), "k", strings.Repeat("0", maxFrame-200))...))
+		id += 2
+		return id - 2
+	}
+	long()
+	served() // by then it has been read
+	for range maxPartial/partial() - 1 {
+		long()
+	}
+	refused(long())
+	served()
+}
+
+// TestLongHeaders: a request to a handler has bounded headers.
+func TestLongHeaders(t *testing.T) {
+	p := newPair(t, handlers(answer(0)))
+	block := compress(append(requestTo(here), "k", strings.Repeat("~", maxBody))...)
+	p.client.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block[:maxFrame], EndStream: true})
+	for block = block[maxFrame:]; len(block) > 0; {
+		n := min(len(block), maxFrame)
+		p.client.WriteContinuation(1, n == len(block), block[:n])
+		block = block[n:]
+	}
+	p.expectClient("HEADERS 1 END")
+	if p.field("grpc-status") != "8" || !strings.Contains(p.field("grpc-message"), "headers") {
+		t.Errorf("answer %v", p.fields)
+	}
 }
 
 // TestDebt is the flow control of an answer made here, frame by frame.
