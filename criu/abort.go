@@ -27,7 +27,9 @@ type aborter struct {
 	aborted bool
 }
 
-func abortOnDone(ctx context.Context) (*aborter, error) {
+// abortOnDone watches the context for the caller's only child, which is criu. thaw is called after criu was told, for one that
+// cannot write since it waits for a frozen process.
+func abortOnDone(ctx context.Context, thaw func()) (*aborter, error) {
 	pid, err := onlyChild()
 	if err != nil {
 		return nil, err
@@ -37,6 +39,7 @@ func abortOnDone(ctx context.Context) (*aborter, error) {
 		defer close(a.done)
 		// The only errors possible are of a process that has exited, and then there is nothing to stop.
 		_ = unix.Prlimit(a.pid, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 0, Max: 0}, nil)
+		thaw()
 	})
 	return a, nil
 }

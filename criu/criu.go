@@ -108,12 +108,17 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	if err := writeDescriptors(d.Images, d.Container.Descriptors); err != nil {
 		return err
 	}
+	thaw := d.Container.thaw // of the container's freezer, whether criu is to use it or not
+	var err error
+	if d.Container.Freezer, err = d.Container.freezer(); err != nil {
+		return err
+	}
 	criu := gocriu.MakeCriu()
 	criu.SetCriuPath(d.Criu)
 	if err := criu.Prepare(); err != nil {
 		return fmt.Errorf("start criu: %w", err)
 	}
-	aborter, err := abortOnDone(ctx)
+	aborter, err := abortOnDone(ctx, thaw)
 	if err != nil {
 		return errors.Join(err, criu.Cleanup())
 	}

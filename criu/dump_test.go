@@ -236,6 +236,19 @@ func TestADeletedFileThatIsOpen(t *testing.T) {
 	node.WaitMore(t, running.Log)
 }
 
+// On cgroup v1 a process that is stopped and frozen can't be attached to.
+func TestAStoppedProcess(t *testing.T) {
+	running, description := run(t, "runc", "/bin/sh", "-c", "sleep 1000 & kill -STOP $!; exec workload count")
+	r := carryOut(t, order{Container: description, Dir: newDir(t), Timeout: time.Minute})
+	if r.Error != "" {
+		t.Fatal(r.Error)
+	}
+	node.WaitMore(t, running.Log)
+	if out, err := running.Exec(t.Context(), "ps", "-o", "stat"); err != nil || !strings.Contains(out, "\nT") {
+		t.Errorf("after the dump nothing is stopped: %v\n%s", err, out)
+	}
+}
+
 // The namespace of a mount that nobody has told CRIU of.
 func TestAFailedDumpSaysWhy(t *testing.T) {
 	running, description := run(t, "runc")

@@ -1,0 +1,74 @@
+package criu
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// On cgroup v1, ptrace(2) waits for a process that is stopped (SIGSTOP, a shell's Ctrl-Z) and frozen until it is thawed, and no
+// signal but SIGKILL ends that wait (https://lore.kernel.org/lkml/20151117193419.GA9993@redhat.com). criu has frozen it by itself,
+// and would not thaw it ever. The freezer of cgroup v2 lets such a process be attached to.
+
+// stateFile is the freezer's on cgroup v1; v2 has none of this name.
+func (c Container) stateFile() string { return filepath.Join(c.Freezer, "freezer.state") }
+
+// freezer returns the cgroup that criu is to freeze; empty where it has to stop the tasks one by one.
+func (c Container) freezer() (string, error) {
+	if c.Freezer == "" {
+		return "", nil
+	}
+	if _, err := os.Stat(c.stateFile()); os.IsNotExist(err) {
+		return c.Freezer, nil
+	}
+	stopped, err := hasStopped(c.Freezer)
+	if err != nil {
+		return "", fmt.Errorf("look for stopped processes: %w", err)
+	}
+	if stopped {
+		return "", nil
+	}
+	return c.Freezer, nil
+}
+
+// hasStopped says whether a process in the cgroup, or in one below it, is stopped.
+func hasStopped(cgroup string) (stopped bool, err error) {
+	err = filepath.WalkDir(cgroup, func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.Name() != "cgroup.procs" {
+			return nil
+		}
+		var processes []byte
+		if err == nil {
+			processes, err = os.ReadFile(path)
+		}
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			return nil // a cgroup below that is gone meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		for pid := range strings.FieldsSeq(string(processes)) {
+			status, err := os.ReadFile(filepath.Join("/proc", pid, "status"))
+			if err == nil && bytes.Contains(status, []byte("\nState:\tT")) { // otherwise it has ended
+				stopped = true
+				return fs.SkipAll
+			}
+		}
+		return nil
+	})
+	return stopped, err
+}
+
+// thaw gives a criu that waits for a process which was stopped after the look the chance to go on. Where criu has
+// seized the tasks, they are thawed already.
+func (c Container) thaw() {
+	if state, err := os.ReadFile(c.stateFile()); err == nil && !bytes.HasPrefix(state, []byte("THAWED")) {
+		_ = os.WriteFile(c.stateFile(), []byte("THAWED"), 0)
+	}
+}
