@@ -14,18 +14,18 @@ import (
 )
 
 // StopOrphan makes the criu roll back whose process died in mid-dump, and returns when it has exited. It says whether there was
-// one. binary is criu's path, and session the pid that the dead process had, which led a session of its own: go-criu starts
-// criu in the session of its caller.
+// one. binary is criu's path, freezer the container's, and session the pid that the dead process had, which led a session of its
+// own: go-criu starts criu in the session of its caller.
 //
 // criu itself would notice the death only when all memory is written. The tasks may not run again before StopOrphan has returned.
-func StopOrphan(ctx context.Context, binary string, session int) (found bool, err error) {
+func StopOrphan(ctx context.Context, binary, freezer string, session int) (found bool, err error) {
 	// Nobody takes the number for another session as long as one process is left in this one.
 	members, err := sessionMembers(session)
 	if err != nil {
 		return false, fmt.Errorf("look for orphaned criu: %w", err)
 	}
 	for _, pid := range members {
-		stopped, err := stopOrphan(ctx, binary, session, pid)
+		stopped, err := stopOrphan(ctx, binary, freezer, session, pid)
 		if err != nil {
 			return found, fmt.Errorf("stop orphaned criu, pid %d: %w", pid, err)
 		}
@@ -34,7 +34,7 @@ func StopOrphan(ctx context.Context, binary string, session int) (found bool, er
 	return found, nil
 }
 
-func stopOrphan(ctx context.Context, binary string, session, pid int) (bool, error) {
+func stopOrphan(ctx context.Context, binary, freezer string, session, pid int) (bool, error) {
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return false, nil
@@ -54,6 +54,7 @@ func stopOrphan(ctx context.Context, binary string, session, pid int) (bool, err
 	if err := unix.Prlimit(pid, unix.RLIMIT_FSIZE, &unix.Rlimit{}, nil); err != nil && !errors.Is(err, unix.ESRCH) {
 		return false, err
 	}
+	Container{Freezer: freezer}.thaw()
 	for {
 		const interval = 100 // ms between two looks at the context
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, interval)

@@ -80,7 +80,7 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, phase crishimv1.Phase, cause error)
 	_ = cmd.Process.Kill() // it is dead, or talks nonsense
 	// The container stands still until criu has gone, whether anybody waits for the answer or not. As long as the helper has
 	// not been waited for, its pid, which is its session's number, is nobody else's.
-	found, err := criu.StopOrphan(context.Background(), job.GetCriu(), cmd.Process.Pid)
+	found, err := criu.StopOrphan(context.Background(), job.GetCriu(), job.GetContainer().GetFreezer(), cmd.Process.Pid)
 	if waitErr := cmd.Wait(); waitErr != nil {
 		cause = waitErr
 	}
