@@ -80,7 +80,7 @@ func FuzzRelayClientBytes(f *testing.F) {
 		if len(client)+len(runtime) > 1<<20 {
 			return
 		}
-		defer time.AfterFunc(20*time.Second, func() { panic("hangs") }).Stop()
+		defer time.AfterFunc(patience, func() { panic("hangs") }).Stop()
 		if !raw {
 			client = append(append([]byte(http2.ClientPreface), hello...), client...)
 			runtime = append(bytes.Clone(hello), runtime...)
@@ -125,7 +125,7 @@ func FuzzRelayClientBytes(f *testing.F) {
 		case <-time.After(50 * time.Millisecond): // nobody reads it: no preface, or no window
 		}
 		clientSide.Close()
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience/2)
 		defer cancel()
 		if err := s.Shutdown(ctx); err != nil {
 			t.Fatal(err)

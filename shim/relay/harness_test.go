@@ -27,6 +27,10 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
+// patience bounds every wait of a test. It is never reached unless something
+// is broken, however slow the machine.
+const patience = 2 * time.Minute
+
 func TestMain(m *testing.M) {
 	if socket := os.Getenv(peerHelper); socket != "" {
 		os.Exit(tryPeer(socket))
@@ -95,8 +99,14 @@ type testRelay struct {
 	socket string
 }
 
-func newTestRelay(t testing.TB, cfg Config) *testRelay {
+// newTestRelay starts a relay, of which set may change the durations. Unless
+// it does, last frames have all the time that they need.
+func newTestRelay(t testing.TB, cfg Config, set ...func(*Server)) *testRelay {
 	r := &testRelay{New(cfg), filepath.Join(t.TempDir(), "relay.sock")}
+	r.lastWrite = patience
+	for _, set := range set {
+		set(r.Server)
+	}
 	l, err := net.Listen("unix", r.socket)
 	if err != nil {
 		t.Fatal(err)
@@ -104,7 +114,7 @@ func newTestRelay(t testing.TB, cfg Config) *testRelay {
 	done := make(chan error, 1)
 	go func() { done <- r.Serve(l) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		if err := r.Shutdown(ctx); err != nil {
 			t.Errorf("shutdown: %v", err)
@@ -139,7 +149,7 @@ func call(ctx context.Context, c *grpc.ClientConn, method string, req []byte) ([
 }
 
 func testContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -253,11 +263,26 @@ func (c *counter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // waitFor polls for what another goroutine is about to do.
 func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(patience); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("no %s after 20 s", what)
+			t.Fatalf("no %s after %v", what, patience)
 		}
 	}
+}
+
+// waitStill waits until a count has stopped to change, and returns it. What it
+// finds still may go on after all: that may hide a failure, and never makes one.
+func waitStill(t testing.TB, what string, count func() int64) int64 {
+	t.Helper()
+	last, polls := int64(-1), 0
+	waitFor(t, "end of "+what, func() bool {
+		if n := count(); n != last {
+			last, polls = n, 0
+		}
+		polls++
+		return polls > 100
+	})
+	return last
 }
 
 // gate is a handler's way to say that it runs and to wait until it may go on.

@@ -9,11 +9,13 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -229,31 +231,38 @@ func TestLastFrames(t *testing.T) {
 	p.client.WriteWindowUpdate(0, 1<<24)
 	p.ask(1, here, 0)
 	link := p.link()
-	locked := func(ok func() bool) func() bool {
-		return func() bool {
-			link.mu.Lock()
-			defer link.mu.Unlock()
-			return ok()
-		}
-	}
-	window, polls := int64(0), 0
-	waitFor(t, "full socket, which stops the handler in a write", locked(func() bool {
-		polls++
-		if w := link.account.window; w != window || !link.client.writing {
-			window, polls = w, 0
-		}
-		return polls > 20
-	}))
+	p.waitFull(link)
 	p.open(2, "/even") // an error
-	waitFor(t, "end", locked(func() bool { return link.ended }))
-	time.Sleep(20 * time.Millisecond)
-	got := ""
-	for next := p.next(p.client); next != "EOF"; next = p.next(p.client) {
-		got = next
-	}
-	if !strings.HasPrefix(got, "GOAWAY 1 PROTOCOL_ERROR") {
+	waitFor(t, "end", func() bool {
+		link.mu.Lock()
+		defer link.mu.Unlock()
+		return link.ended
+	})
+	if got := p.skip(p.client, "EOF"); !strings.HasPrefix(got, "GOAWAY 1 PROTOCOL_ERROR") {
 		t.Errorf("the last frame was %s", got)
 	}
+}
+
+// waitFull waits until the client's socket is full, which stops a handler in a write.
+func (p *pair) waitFull(l *link) {
+	waitStill(p.t, "the handler's writes", func() int64 {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.account.window
+	})
+}
+
+// TestUnreadLastFrames: a client that reads nothing cannot keep its connection.
+func TestUnreadLastFrames(t *testing.T) {
+	cfg := handlers(answer(1 << 20))
+	cfg.Dial, cfg.Hold = (&fakeRuntime{socket: "/nonexistent"}).dial, time.Millisecond
+	p := &pair{t: t, relay: newTestRelay(t, cfg, func(s *Server) { s.lastWrite = 10 * time.Millisecond })}
+	p.connect(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 24})
+	p.client.WriteWindowUpdate(0, 1<<24)
+	p.ask(1, here, 0)
+	p.waitFull(p.link())
+	p.open(2, "/even") // an error
+	waitFor(t, "end of the connection", func() bool { return len(p.relay.connections()) == 0 })
 }
 
 // TestAnsweredUpload: an answer that came before the end of its request is not
@@ -309,7 +318,8 @@ func TestRuntimeAway(t *testing.T) {
 
 // TestAwayFrames is what a client sees of a connection without runtime.
 func TestAwayFrames(t *testing.T) {
-	p := &pair{t: t, relay: newTestRelay(t, Config{Dial: (&fakeRuntime{socket: "/nonexistent"}).dial, Hold: time.Millisecond})}
+	cfg := Config{Dial: (&fakeRuntime{socket: "/nonexistent"}).dial, Hold: time.Millisecond}
+	p := &pair{t: t, relay: newTestRelay(t, cfg, func(s *Server) { s.awayTime = patience })}
 	p.connect()
 	p.expectClient("SETTINGS HEADER_TABLE_SIZE=0 MAX_HEADER_LIST_SIZE=1048576", "SETTINGS ACK")
 	p.client.WriteSettingsAck()
@@ -320,7 +330,12 @@ func TestAwayFrames(t *testing.T) {
 	}
 	p.client.WriteHeaders(p.block(3, true, requestTo("/b")...))
 	p.client.WriteSettings()
-	p.expectClient("HEADERS 3 END", "SETTINGS ACK", "GOAWAY 3 NO_ERROR *")
+	p.expectClient("HEADERS 3 END", "SETTINGS ACK")
+	// Another client stays until it is sent away.
+	p.relay = newTestRelay(t, cfg, func(s *Server) { s.awayTime = time.Millisecond })
+	p.connect()
+	p.client.WriteSettingsAck()
+	p.expectClient("SETTINGS *", "SETTINGS ACK", "GOAWAY 0 NO_ERROR *")
 	p.expectEnd(p.client)
 }
 
@@ -329,15 +344,23 @@ func TestAwayFrames(t *testing.T) {
 // a word is no runtime yet.
 func TestHold(t *testing.T) {
 	fake := &fakeRuntime{t: t, socket: filepath.Join(t.TempDir(), "runtime.sock"), handle: echo}
-	relay := newTestRelay(t, Config{Dial: fake.dial})
-	c := connect(t, relay.socket)
+	var dials atomic.Int64
+	relay := newTestRelay(t, Config{Hold: patience, Dial: func(ctx context.Context) (net.Conn, error) {
+		dials.Add(1)
+		return fake.dial(ctx)
+	}})
+	// A client may wait as long as the test for its connection: the relay's SETTINGS come when the runtime does.
+	c := connect(t, relay.socket, grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: patience}))
 	done := make(chan error, 1)
-	start := time.Now()
 	go func() {
 		_, err := call(testContext(t), c, "/x.Y/Z", nil)
 		done <- err
 	}()
-	time.Sleep(200 * time.Millisecond)
+	refused := func() {
+		before := dials.Load()
+		waitFor(t, "tries to reach the runtime", func() bool { return dials.Load() > before+5 })
+	}
+	refused()
 	l, err := net.Listen("unix", fake.socket)
 	if err != nil {
 		t.Fatal(err)
@@ -350,15 +373,15 @@ func TestHold(t *testing.T) {
 		conn.Close()
 	}
 	l.Close()
-	time.Sleep(200 * time.Millisecond)
+	refused()
 	fake.start()
 	defer fake.stop()
 	if err := <-done; err != nil {
-		t.Errorf("after %v: %v", time.Since(start), err)
+		t.Error(err)
 	}
 }
 
-// TestHoldEnds: the whole hold time of the kubelet's case passes once.
+// TestHoldEnds: the whole hold time of the kubelet's case passes once. It is less than the 5 s that a kubelet waits.
 func TestHoldEnds(t *testing.T) {
 	fake := &fakeRuntime{t: t, socket: filepath.Join(t.TempDir(), "runtime.sock")}
 	l, err := net.Listen("unix", fake.socket) // accepts, and never answers
@@ -367,10 +390,10 @@ func TestHoldEnds(t *testing.T) {
 	}
 	defer l.Close()
 	relay := newTestRelay(t, Config{Dial: fake.dial})
-	c := connect(t, relay.socket)
+	c := connect(t, relay.socket, grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: patience}))
 	start := time.Now()
 	_, err = call(testContext(t), c, "/x.Y/Z", nil)
-	if took := time.Since(start); status.Code(err) != codes.Unavailable || took < defaultHold || took > 5*time.Second {
+	if took := time.Since(start); status.Code(err) != codes.Unavailable || took < defaultHold || defaultHold > 4*time.Second {
 		t.Errorf("after %v: %v", took, err)
 	}
 }

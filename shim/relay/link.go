@@ -17,9 +17,6 @@ const (
 	prefaceTimeout = 20 * time.Second
 	// redial is the pause between two tries to reach the runtime.
 	redial = 20 * time.Millisecond
-	// awayTime is how long a connection without a runtime answers before its
-	// client is sent to a new one, which may find the runtime back.
-	awayTime = 500 * time.Millisecond
 )
 
 // A link is one accepted connection with its connection to the runtime, or
@@ -41,10 +38,10 @@ type link struct {
 	runtime outlet
 
 	attached bool   // there is a runtime at the other end
-	partial  int    // bytes held by requests to handlers that are not whole yet
 	cause    string // why not
 	unacked  int    // SETTINGS of the client that the runtime has to acknowledge
 	uploaded int64  // DATA sent to the runtime that it has not granted again
+	partial  int    // bytes held by requests to handlers that are not whole yet
 
 	streams map[uint32]*stream
 	last    uint32 // highest stream that the client opened
@@ -264,7 +261,7 @@ func (l *link) relay(in *frameReader, settings frame, runtime *upstream) {
 func (l *link) sendAway() {
 	select {
 	case <-l.ctx.Done():
-	case <-time.After(awayTime):
+	case <-time.After(l.s.awayTime):
 		l.mu.Lock()
 		l.goAway(http2.ErrCodeNo, nil)
 		l.mu.Unlock()
@@ -274,7 +271,7 @@ func (l *link) sendAway() {
 // The functions below are called with l.mu held.
 
 // end makes every goroutine of the link return, after what waits has been
-// written or lastWrite is over.
+// written or Server.lastWrite is over.
 func (l *link) end() {
 	if l.ended {
 		return
@@ -284,7 +281,7 @@ func (l *link) end() {
 	for _, o := range []*outlet{&l.client, &l.runtime} {
 		if o.conn != nil {
 			o.conn.SetReadDeadline(time.Unix(1, 0))
-			o.conn.SetWriteDeadline(time.Now().Add(lastWrite))
+			o.conn.SetWriteDeadline(time.Now().Add(l.s.lastWrite))
 		}
 		o.wake.Signal()
 	}
@@ -298,7 +295,7 @@ func (l *link) writeFailed(o *outlet) {
 	if o == &l.client {
 		l.end()
 	} else if !l.ended {
-		o.conn.SetReadDeadline(time.Now().Add(lastWrite))
+		o.conn.SetReadDeadline(time.Now().Add(l.s.lastWrite))
 	}
 }
 

@@ -54,7 +54,7 @@ func newFreshPair(t testing.TB, cfg Config, settings ...http2.Setting) *pair {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.runtimeConn.Close() })
-	p.runtimeConn.SetDeadline(time.Now().Add(20 * time.Second))
+	p.runtimeConn.SetDeadline(time.Now().Add(patience))
 	p.runtime = http2.NewFramer(p.runtimeConn, p.runtimeConn)
 	p.runtime.AllowIllegalReads, p.runtime.AllowIllegalWrites = true, true
 	preface := make([]byte, len(http2.ClientPreface))
@@ -79,7 +79,7 @@ func (p *pair) connectRaw(first string) {
 		p.t.Fatal(err)
 	}
 	p.t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	conn.SetDeadline(time.Now().Add(patience))
 	p.clientConn, p.client = conn, http2.NewFramer(conn, conn)
 	p.client.AllowIllegalReads, p.client.AllowIllegalWrites = true, true
 	io.WriteString(conn, first)
@@ -127,6 +127,21 @@ func (p *pair) expect(side string, f *http2.Framer, frames []string) {
 		if prefix, any := strings.CutSuffix(want, "*"); got != want && !(any && strings.HasPrefix(got, prefix)) {
 			p.t.Fatalf("%s got %s, want %s", side, got, want)
 		}
+	}
+}
+
+// skip reads frames up to the one described and returns the last before it.
+func (p *pair) skip(f *http2.Framer, want string) (before string) {
+	p.t.Helper()
+	for {
+		got := p.next(f)
+		if got == want {
+			return before
+		}
+		if got == "EOF" || got == "nothing" {
+			p.t.Fatalf("got %s after %s, want %s", got, before, want)
+		}
+		before = got
 	}
 }
 
@@ -211,9 +226,12 @@ func (p *pair) field(name string) string {
 
 // link is the only connection of the relay.
 func (p *pair) link() *link {
-	for l := range p.relay.connections() {
-		return l
-	}
-	p.t.Fatal("no connection")
-	return nil
+	var link *link
+	waitFor(p.t, "connection", func() bool {
+		for l := range p.relay.connections() {
+			link = l
+		}
+		return link != nil
+	})
+	return link
 }

@@ -36,9 +36,6 @@ const (
 	// maxServed bounds the handlers that run at any moment; with maxBody it
 	// bounds the memory of their requests.
 	maxServed = 128
-	// lastWrite is how long the last frames of a connection may take, and how
-	// long handlers have to return once their requests are cancelled.
-	lastWrite = time.Second
 )
 
 // Config says what to relay to and what to serve here.
@@ -75,6 +72,13 @@ type Server struct {
 	served  chan struct{} // one slot for each handler that runs
 	away    atomic.Bool   // the runtime, for the log
 
+	// lastWrite is how long the last frames of a connection may take, and how
+	// long handlers have to return once their requests are cancelled.
+	lastWrite time.Duration
+	// awayTime is how long a connection without a runtime answers before its
+	// client is sent to a new one, which may find the runtime back.
+	awayTime time.Duration
+
 	ctx    context.Context // of every connection; ends with Shutdown
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // connections, until their last goroutine is gone
@@ -99,6 +103,8 @@ func New(cfg Config) *Server {
 		cfg:       cfg,
 		endless:   map[string]bool{},
 		served:    make(chan struct{}, maxServed),
+		lastWrite: time.Second,
+		awayTime:  500 * time.Millisecond,
 		listeners: map[net.Listener]bool{},
 		links:     map[*link]bool{},
 	}
@@ -210,7 +216,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	select {
 	case <-done:
 		return fmt.Errorf("wait for calls in flight: %w", ctx.Err())
-	case <-time.After(3 * lastWrite):
+	case <-time.After(3 * s.lastWrite):
 		return fmt.Errorf("wait for handlers to return: %w", ctx.Err())
 	}
 }

@@ -23,7 +23,7 @@ func (l *link) pumpRuntime(in *frameReader) {
 	var broken *connError
 	if errors.As(err, &broken) {
 		l.s.cfg.Log.WithError(err).Warn("the runtime broke HTTP/2: closing its connection")
-		l.runtime.conn.SetWriteDeadline(time.Now().Add(lastWrite))
+		l.runtime.conn.SetWriteDeadline(time.Now().Add(l.s.lastWrite))
 		l.runtime.send(appendGoAway(nil, 0, broken.code, []byte(broken.reason)))
 		l.flushAll(&l.runtime)
 	}

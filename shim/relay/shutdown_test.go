@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -19,13 +20,11 @@ import (
 
 const endless = cri.RuntimeService_GetContainerEvents_FullMethodName
 
-// shutdown runs Shutdown and returns how long it took, and its error.
-func shutdown(r *testRelay, limit time.Duration) (took time.Duration, err error) {
+// shutdown runs Shutdown with a limit.
+func shutdown(r *testRelay, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	start := time.Now()
-	err = r.Shutdown(ctx)
-	return time.Since(start), err
+	return r.Shutdown(ctx)
 }
 
 // TestShutdown: unary calls finish, relayed and served; endless ones are cut at
@@ -76,21 +75,14 @@ func TestShutdown(t *testing.T) {
 		cut <- err
 	}()
 	waitFor(t, "stream of events", func() bool { return events.Load() == 1 })
-	type end struct {
-		err  error
-		took time.Duration
-	}
-	ended := make(chan end, 1)
-	go func() {
-		took, err := shutdown(relay, 10*time.Second)
-		ended <- end{err, took}
-	}()
+	ended := make(chan error, 1)
+	go func() { ended <- shutdown(relay, patience) }()
 	if err := <-cut; status.Code(err) != codes.Unavailable {
 		t.Errorf("the endless call ended with %v", err)
 	}
 	select {
-	case e := <-ended:
-		t.Fatalf("Shutdown returned with calls in flight: %v", e.err)
+	case err := <-ended:
+		t.Fatalf("Shutdown returned with calls in flight: %v", err)
 	case <-answers:
 		t.Fatal("a call was cut")
 	default:
@@ -104,8 +96,8 @@ func TestShutdown(t *testing.T) {
 			t.Errorf("a call in flight: %v", err)
 		}
 	}
-	if e := <-ended; e.err != nil || e.took > 8*time.Second {
-		t.Errorf("Shutdown: %v after %v", e.err, e.took)
+	if err := <-ended; err != nil {
+		t.Errorf("Shutdown: %v", err)
 	}
 }
 
@@ -125,9 +117,9 @@ func TestShutdownCuts(t *testing.T) {
 		}()
 		<-hang.entered
 	}
-	took, err := shutdown(relay, 100*time.Millisecond)
-	if !errors.Is(err, context.DeadlineExceeded) || took > 3*time.Second {
-		t.Errorf("Shutdown: %v after %v", err, took)
+	err := shutdown(relay, 100*time.Millisecond)
+	if !errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "handlers") {
+		t.Errorf("Shutdown: %v", err)
 	}
 	for range 2 {
 		if err := <-errs; status.Code(err) != codes.Unavailable && status.Code(err) != codes.Canceled {
@@ -143,7 +135,7 @@ func TestShutdownCuts(t *testing.T) {
 func TestShutdownOfNothing(t *testing.T) {
 	relay := newTestRelay(t, Config{})
 	for range 2 {
-		if _, err := shutdown(relay, 5*time.Second); err != nil {
+		if err := shutdown(relay, patience); err != nil {
 			t.Error(err)
 		}
 	}
@@ -173,7 +165,7 @@ func TestServeGoesOn(t *testing.T) {
 	if _, err := call(testContext(t), c, "/x.Y/Z", nil); err != nil {
 		t.Error(err)
 	}
-	if _, err := shutdown(&testRelay{Server: s}, 5*time.Second); err != nil {
+	if err := shutdown(&testRelay{Server: s}, patience); err != nil {
 		t.Error(err)
 	}
 	if err := <-done; err != nil {
