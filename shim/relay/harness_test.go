@@ -22,7 +22,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
@@ -196,57 +195,19 @@ func echo(s grpc.ServerStream) error {
 		}
 	}
 	if in.Get("fail") != nil {
-		detail, _ := anypb.New(durationpb.New(42 * time.Second))
-		return status.FromProto(&spb.Status{
-			Code:    int32(codes.FailedPrecondition),
-			Message: "50 % of «Käse»\nis gone",
-			Details: []*anypb.Any{detail},
-		}).Err()
+		return failure()
 	}
 	return nil
 }
 
-// result is all that a client can see of a call.
-type result struct {
-	messages [][]byte
-	header   metadata.MD
-	trailer  metadata.MD
-	status   []byte
-}
-
-// exchangeAll sends every message, then reads to the end.
-func exchangeAll(ctx context.Context, c *grpc.ClientConn, method string, messages [][]byte) (result, error) {
-	s, err := c.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, method)
-	if err != nil {
-		return result{}, err
-	}
-	sent := make(chan error, 1)
-	go func() {
-		for _, m := range messages {
-			if err := s.SendMsg(&m); err != nil {
-				sent <- err
-				return
-			}
-		}
-		sent <- s.CloseSend()
-	}()
-	var r result
-	for {
-		var m []byte
-		if err = s.RecvMsg(&m); err != nil {
-			break
-		}
-		r.messages = append(r.messages, m)
-	}
-	if err == io.EOF {
-		err = nil
-	}
-	<-sent
-	r.header, _ = s.Header()
-	r.trailer = s.Trailer()
-	st, _ := status.FromError(err)
-	r.status, _ = proto.MarshalOptions{Deterministic: true}.Marshal(st.Proto())
-	return r, nil
+// failure is a status with all that one can have.
+func failure() error {
+	detail, _ := anypb.New(durationpb.New(42 * time.Second))
+	return status.FromProto(&spb.Status{
+		Code:    int32(codes.FailedPrecondition),
+		Message: "50 % of «Käse»\nis gone",
+		Details: []*anypb.Any{detail},
+	}).Err()
 }
 
 // counter counts calls of a handler and passes them on.

@@ -5,9 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
-	"io"
-	"net/http"
-	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,7 +12,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	_ "google.golang.org/grpc/encoding/gzip"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -25,7 +21,9 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-const servedMethod = "/runtime.v1.RuntimeService/CheckpointContainer"
+// servedMethod is none of the CRI's, all of which are the runtime's in these
+// tests. Only the path decides.
+const servedMethod = "/x.Y/Served"
 
 // sample fills a message with one value for each field, and with one field
 // that this version of the API does not know.
@@ -77,12 +75,8 @@ func everyCRI(t *testing.T) []rpc {
 	return rpcs
 }
 
-// TestTransparent compares each call with the same call made directly.
+// TestTransparent: every call of the CRI, and calls that nobody knows.
 func TestTransparent(t *testing.T) {
-	runtime := newFakeRuntime(t, echo)
-	relay := newTestRelay(t, Config{Dial: runtime.dial})
-	direct, relayed := connect(t, runtime.socket), connect(t, relay.socket)
-
 	big := make([]byte, 300<<10)
 	rand.Read(big)
 	type test struct {
@@ -112,48 +106,66 @@ func TestTransparent(t *testing.T) {
 		test{name: "query", method: servedMethod + "?x=1", messages: [][]byte{{1}}},
 		test{name: "malformed", method: "/x", messages: [][]byte{{1}}},
 	)
+	direct := againstDirect(t, echo, func(w *way) {
+		for _, test := range tests {
+			w.exchange(with(w.ctx, test.name, test.md...), w.conn, test.name, test.method, test.messages...)
+		}
+		if w.served != nil && w.served.n.Load() != 0 {
+			w.t.Errorf("%d calls were served here", w.served.n.Load())
+		}
+	})
 	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			ctx := metadata.AppendToOutgoingContext(testContext(t), test.md...)
-			want, err := exchangeAll(ctx, direct, test.method, test.messages)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got, err := exchangeAll(ctx, relayed, test.method, test.messages)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(want.messages) < len(test.messages) && test.name != "malformed" {
-				t.Fatalf("the oracle answered %d messages to %d", len(want.messages), len(test.messages))
-			}
-			if !reflect.DeepEqual(got, want) {
-				t.Errorf("relayed %s\n direct %s", brief(got), brief(want))
-			}
-		})
+		if all := len(test.messages) * max(1, strings.Count(strings.Join(test.md, " "), "repeat")); test.name != "malformed" &&
+			(!direct.saw(test.name, fmt.Sprintf("%d messages in all", all)) || !direct.saw("handler of "+test.name, fmt.Sprintf("sent %d messages", all))) {
+			t.Errorf("%s was not answered with %d messages", test.name, all)
+		}
 	}
 }
 
-func brief(r result) string {
-	var n []int
-	for _, m := range r.messages {
-		n = append(n, len(m))
+// TestServedByGRPC: a call served by grpc-go's ServeHTTP looks to client and
+// handler as if it had come to a grpc-go server on a socket.
+func TestServedByGRPC(t *testing.T) {
+	tests := []struct {
+		name    string
+		message []byte
+		md      []string
+		timeout time.Duration
+	}{
+		{name: "unary", message: []byte("hello")},
+		{name: "empty", message: []byte{}},
+		{name: "deadline", message: []byte{1}, timeout: time.Hour},
+		{name: "metadata", message: []byte{1}, md: []string{"traceparent", "00-4bf92f", "k-bin", "\x00\x01\xff", "two", "a", "two", "b,c", "odd_name.x", "x  y"}},
+		{name: "status with details", message: []byte{1}, md: []string{"fail", "1"}},
+		{name: "headers first", message: []byte{1}, md: []string{"early", "1"}},
+		{name: "server streaming", message: make([]byte, 50000), md: []string{"repeat", "1", "repeat", "2", "repeat", "3", "repeat", "4"}},
 	}
-	return fmt.Sprintf("messages %v header %.2000v trailer %v status %x", n, r.header, r.trailer, r.status)
+	direct := againstDirect(t, echo, func(w *way) {
+		for _, test := range tests {
+			ctx := with(w.ctx, test.name, test.md...)
+			if test.timeout > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, test.timeout)
+				defer cancel()
+			}
+			w.exchange(ctx, w.conn, test.name, servedMethod, test.message)
+		}
+		if w.served != nil && w.served.n.Load() != int64(len(tests)) {
+			w.t.Errorf("served %d calls, want %d", w.served.n.Load(), len(tests))
+		}
+	})
+	if !direct.saw("handler of deadline", "deadline 1h") {
+		t.Error("the handler's context had no deadline")
+	}
 }
 
 // TestCompression: what a call says of its encoding reaches the other side.
 func TestCompression(t *testing.T) {
-	runtime := newFakeRuntime(t, echo)
-	relay := newTestRelay(t, Config{Dial: runtime.dial})
 	msg := bytes.Repeat([]byte("compress me "), 10000)
-	for _, c := range []*grpc.ClientConn{connect(t, runtime.socket), connect(t, relay.socket)} {
-		var resp []byte
-		if err := c.Invoke(testContext(t), "/x.Y/Z", &msg, &resp, grpc.UseCompressor("gzip")); err != nil {
-			t.Fatal(err)
-		}
-		if !bytes.Equal(resp, msg) {
-			t.Errorf("%d bytes came back, want %d", len(resp), len(msg))
-		}
+	direct := againstDirect(t, echo, func(w *way) {
+		w.exchange(with(w.ctx, "gzip"), w.conn, "gzip", "/x.Y/Z", msg)
+	}, grpc.WithDefaultCallOptions(grpc.UseCompressor("gzip")))
+	if !direct.saw("gzip", digest(msg)) {
+		t.Error("the message did not come back")
 	}
 }
 
@@ -194,36 +206,36 @@ func (protoCodec) Name() string { return "proto" }
 // and runtime hold the message whole in this same process, so what is measured
 // is what the relay's own buffers grow to.
 func TestHugeMessages(t *testing.T) {
-	fake := newFakeRuntime(t, echo)
-	relay := newTestRelay(t, Config{Dial: fake.dial})
-	c := connect(t, relay.socket)
 	const huge = 64 << 20
 	msg := make([]byte, huge)
 	rand.Read(msg[:1<<20])
 	rand.Read(msg[huge-1<<20:])
-	stop, largest := make(chan struct{}), make(chan int)
-	go func() {
-		worst := 0
-		for {
-			select {
-			case <-stop:
-				largest <- worst
-				return
-			case <-time.After(time.Millisecond):
-				worst = max(worst, relay.buffered())
+	direct := againstDirect(t, echo, func(w *way) {
+		stop, largest := make(chan struct{}), make(chan int)
+		if w.relay != nil {
+			go func() {
+				worst := 0
+				for {
+					select {
+					case <-stop:
+						largest <- worst
+						return
+					case <-time.After(time.Millisecond):
+						worst = max(worst, w.relay.buffered())
+					}
+				}
+			}()
+		}
+		w.exchange(with(w.ctx, "huge", "fail", "1"), w.conn, "huge", "/x.Y/Huge", msg)
+		close(stop)
+		if w.relay != nil {
+			if n := <-largest; n == 0 || n > maxBuffered {
+				w.t.Errorf("buffers of the relay grew to %d bytes", n)
 			}
 		}
-	}()
-	got, err := call(testContext(t), c, "/x.Y/Huge", msg)
-	close(stop)
-	if n := <-largest; n == 0 || n > maxBuffered {
-		t.Errorf("buffers of the relay grew to %d bytes", n)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(got, msg) {
-		t.Error("the message changed on its way")
+	})
+	if !direct.saw("huge", digest(msg)) {
+		t.Error("the message did not come back")
 	}
 }
 
@@ -244,58 +256,70 @@ func (r *testRelay) buffered() int {
 	return n
 }
 
-// TestSlowReader: a client that does not read stalls the runtime, not the
-// relay's memory nor other calls on the same connection.
-func TestSlowReader(t *testing.T) {
-	const events, size = 10000, 1024
-	var sent sync.WaitGroup
-	fake := newFakeRuntime(t, func(s grpc.ServerStream) error {
+// TestEvents: 10,000 of them, to a client that reads them at once and to one
+// that makes calls first. That one stalls the runtime, not the relay's memory
+// nor other calls on the same connection.
+func TestEvents(t *testing.T) {
+	const events, window = 10000, 65535
+	var sent, size atomic.Int64 // of the stream that runs
+	handle := func(s grpc.ServerStream) error {
 		method, _ := grpc.MethodFromServerStream(s)
-		if !strings.HasSuffix(method, "/GetContainerEvents") {
+		if method != cri.RuntimeService_GetContainerEvents_FullMethodName {
 			return echo(s)
 		}
-		sent.Add(1)
-		defer sent.Done()
+		sent.Store(0)
+		size.Store(0)
+		s.SetTrailer(metadata.Pairs("end", "of events"))
 		for i := range events {
-			m := make([]byte, size)
-			m[0], m[1] = byte(i), byte(i>>8)
-			if err := s.SendMsg(&m); err != nil {
+			m, err := proto.Marshal(&cri.ContainerEventResponse{
+				ContainerId:        fmt.Sprintf("%064d", i),
+				ContainerEventType: cri.ContainerEventType(i % 4),
+				CreatedAt:          int64(i),
+				PodSandboxStatus:   &cri.PodSandboxStatus{Id: fmt.Sprintf("%064d", i%7), Annotations: map[string]string{"text": strings.Repeat("x", 800)}},
+			})
+			if err == nil {
+				err = s.SendMsg(&m)
+			}
+			if err != nil {
 				return err
 			}
+			sent.Add(1)
+			size.Add(int64(len(m)))
 		}
-		return nil
-	})
-	relay := newTestRelay(t, Config{Dial: fake.dial})
-	c := connect(t, relay.socket, grpc.WithStaticStreamWindowSize(65535), grpc.WithStaticConnWindowSize(1<<20))
-	s, err := c.NewStream(testContext(t), &grpc.StreamDesc{ServerStreams: true}, cri.RuntimeService_GetContainerEvents_FullMethodName)
-	if err != nil {
-		t.Fatal(err)
+		return failure()
 	}
-	if err := s.SendMsg(&[]byte{}); err != nil {
-		t.Fatal(err)
+	for _, slow := range []bool{false, true} {
+		t.Run(fmt.Sprintf("slow %v", slow), func(t *testing.T) {
+			direct := againstDirect(t, handle, func(w *way) {
+				s, err := w.conn.NewStream(with(w.ctx, "events"), &grpc.StreamDesc{ServerStreams: true}, cri.RuntimeService_GetContainerEvents_FullMethodName)
+				if err != nil {
+					w.t.Fatal(err)
+				}
+				if err := s.SendMsg(&[]byte{}); err != nil {
+					w.t.Fatal(err)
+				}
+				s.CloseSend()
+				if slow {
+					waitFor(w.t, "events that fill the client's window", func() bool { return size.Load() >= window-1024 })
+					for i := range 50 { // meanwhile nobody reads the events
+						actor := fmt.Sprintf("call %d", i)
+						w.exchange(with(w.ctx, actor), w.conn, actor, "/x.Y/Z", []byte("hello"))
+					}
+					// What grpc-go takes beyond the window, it keeps in the runtime: at most another 64 KiB, and a message.
+					w.note("events", "as much is sent as the window allows: %v", size.Load() < 3*window)
+					if w.relay != nil {
+						if n := w.relay.buffered(); n > maxBuffered {
+							w.t.Errorf("%d bytes are buffered for a slow reader", n)
+						}
+					}
+				}
+				w.read("events", s)
+			}, grpc.WithStaticStreamWindowSize(window), grpc.WithStaticConnWindowSize(1<<20))
+			if !direct.saw("events", fmt.Sprintf("%d messages in all", events)) || direct.saw("events", "false") {
+				t.Error("the runtime's events are not those that the test is about")
+			}
+		})
 	}
-	s.CloseSend()
-	for range 50 { // meanwhile nobody reads the events
-		if _, err := call(testContext(t), c, "/x.Y/Z", []byte("hello")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if n := relay.buffered(); n > maxBuffered {
-		t.Errorf("%d bytes are buffered for a slow reader", n)
-	}
-	for i := range events {
-		var m []byte
-		if err := s.RecvMsg(&m); err != nil {
-			t.Fatalf("event %d: %v", i, err)
-		}
-		if m[0] != byte(i) || m[1] != byte(i>>8) || len(m) != size {
-			t.Fatalf("event %d is another one", i)
-		}
-	}
-	if err := s.RecvMsg(&[]byte{}); err != io.EOF {
-		t.Errorf("end of events: %v", err)
-	}
-	sent.Wait()
 }
 
 // TestSocketBackPressure: a client that does not even read its socket. The
@@ -376,91 +400,121 @@ func TestPingFlood(t *testing.T) {
 	}
 }
 
-// TestDeadlineAndCancel: the runtime sees the client's deadline and its cancel.
+// expiringContext has a deadline that is far away until the test brings it
+// about: what a deadline does can then be seen without waiting for one.
+type expiringContext struct {
+	context.Context
+	deadline time.Time
+	done     chan struct{}
+}
+
+func newExpiring(ctx context.Context, timeout time.Duration) (expiring context.Context, expire func()) {
+	e := &expiringContext{ctx, time.Now().Add(timeout), make(chan struct{})}
+	expire = sync.OnceFunc(func() { close(e.done) })
+	context.AfterFunc(ctx, expire)
+	return e, expire
+}
+
+func (e *expiringContext) Deadline() (time.Time, bool) { return e.deadline, true }
+func (e *expiringContext) Done() <-chan struct{}       { return e.done }
+func (e *expiringContext) Err() error {
+	select {
+	case <-e.done:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
+// TestDeadlineAndCancel: the runtime sees the client's deadline, the end of its
+// patience, and the end of its connection.
 func TestDeadlineAndCancel(t *testing.T) {
-	ended := make(chan error, 1)
-	entered := make(chan time.Duration, 1)
+	entered := make(chan struct{})
 	hang := func(s grpc.ServerStream) error {
-		deadline, ok := s.Context().Deadline()
-		if ok {
-			entered <- time.Until(deadline)
-		} else {
-			entered <- 0
+		if in, _ := metadata.FromIncomingContext(s.Context()); in.Get("actor") != nil {
+			entered <- struct{}{}
 		}
 		<-s.Context().Done()
-		ended <- s.Context().Err()
 		return status.FromContextError(s.Context().Err()).Err()
 	}
-	fake := newFakeRuntime(t, hang)
-	served := newServer(hang)
-	defer served.Stop()
-	relay := newTestRelay(t, Config{Dial: fake.dial, Handlers: map[string]http.Handler{servedMethod: served}})
-	c := connect(t, relay.socket)
-	for _, method := range []string{"/x.Y/Hang", servedMethod} {
-		t.Run(method, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
-			defer cancel()
-			_, err := call(ctx, c, method, nil)
-			if status.Code(err) != codes.DeadlineExceeded {
-				t.Errorf("past its deadline: %v", err)
+	methods := []string{"/x.Y/Hang", servedMethod}
+	direct := againstDirect(t, hang, func(w *way) {
+		// hanging makes a call, and ends it once its handler runs.
+		hanging := func(ctx context.Context, c *grpc.ClientConn, actor, method string, end func()) {
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				w.exchange(ctx, c, actor, method, []byte("request"))
+			}()
+			select {
+			case <-entered:
+			case <-w.ctx.Done():
+				w.t.Errorf("%s: the handler was not called", actor)
 			}
-			if left := <-entered; left <= 0 || left > 300*time.Millisecond {
-				t.Errorf("deadline in %v, want at most 300 ms", left)
-			}
-			<-ended
+			end()
+			<-done
+		}
+		for _, method := range methods {
+			actor := "deadline of " + method
+			ctx, end := newExpiring(with(w.ctx, actor), time.Hour)
+			hanging(ctx, w.conn, actor, method, end)
 
-			ctx, cancel = context.WithCancel(context.Background())
-			time.AfterFunc(50*time.Millisecond, cancel)
-			_, err = call(ctx, c, method, nil)
-			if status.Code(err) != codes.Canceled {
-				t.Errorf("cancelled: %v", err)
+			actor = "cancel of " + method
+			ctx, end = context.WithCancel(with(w.ctx, actor))
+			hanging(ctx, w.conn, actor, method, end)
+
+			actor = "end of the connection of " + method
+			c := connect(w.t, w.socket)
+			hanging(with(w.ctx, actor), c, actor, method, func() { c.Close() })
+
+			// One that really ends, by whoever sees it first.
+			ctx, end = context.WithTimeout(w.ctx, 50*time.Millisecond)
+			_, err := call(ctx, w.conn, method, nil)
+			end()
+			w.note("deadline that ends "+method, "%v", status.Code(err))
+		}
+	})
+	for _, method := range methods {
+		for actor, text := range map[string]string{
+			"deadline of ":                         "DeadlineExceeded",
+			"handler of deadline of ":              "deadline 1h",
+			"cancel of ":                           "Canceled",
+			"handler of cancel of ":                "context canceled",
+			"handler of end of the connection of ": "context canceled",
+			"deadline that ends ":                  "DeadlineExceeded",
+		} {
+			if !direct.saw(actor+method, text) {
+				t.Errorf("%s%s did not see %q", actor, method, text)
 			}
-			if left := <-entered; left != 0 {
-				t.Errorf("deadline in %v, want none", left)
-			}
-			if err := <-ended; err != context.Canceled {
-				t.Errorf("the handler's context: %v", err)
-			}
-		})
-	}
-	// The end of the connection is the end of its calls.
-	for _, method := range []string{"/x.Y/Hang", servedMethod} {
-		c := connect(t, relay.socket)
-		go call(context.Background(), c, method, nil)
-		<-entered
-		c.Close()
-		if err := <-ended; err != context.Canceled {
-			t.Errorf("%s after its client closed: %v", method, err)
 		}
 	}
 }
 
 // TestConcurrent: 512 calls at once on one connection, some served here.
 func TestConcurrent(t *testing.T) {
-	fake := newFakeRuntime(t, echo)
-	served := newServer(echo)
-	defer served.Stop()
-	count := &counter{Handler: served}
-	relay := newTestRelay(t, Config{Dial: fake.dial, Handlers: map[string]http.Handler{servedMethod: count}})
-	c := connect(t, relay.socket)
-	var wg sync.WaitGroup
-	for i := range 512 {
-		wg.Go(func() {
-			method := "/x.Y/Z"
-			if i%8 == 0 {
-				method = servedMethod
-			}
-			msg := bytes.Repeat([]byte{byte(i)}, 1+i*20)
-			for range 3 {
-				got, err := call(testContext(t), c, method, msg)
-				if err != nil || !bytes.Equal(got, msg) {
-					t.Errorf("call %d of %s: %d bytes, %v", i, method, len(got), err)
+	againstDirect(t, echo, func(w *way) {
+		var wg sync.WaitGroup
+		for i := range 512 {
+			wg.Go(func() {
+				method, md := "/x.Y/Z", []string{"number", fmt.Sprint(i)}
+				if i%8 == 0 {
+					method = servedMethod
 				}
-			}
-		})
-	}
-	wg.Wait()
-	if n := count.n.Load(); n != 64*3 {
-		t.Errorf("served %d calls, want %d", n, 64*3)
-	}
+				for n, key := range map[int]string{3: "fail", 5: "early", 7: "repeat"} {
+					if i%n == 0 {
+						md = append(md, key, "1", key, "2")
+					}
+				}
+				msg := bytes.Repeat([]byte{byte(i)}, 1+i*20)
+				for n := range 3 {
+					actor := fmt.Sprintf("call %d.%d", i, n)
+					w.exchange(with(w.ctx, actor, md...), w.conn, actor, method, msg)
+				}
+			})
+		}
+		wg.Wait()
+		if w.served != nil && w.served.n.Load() != 64*3 {
+			w.t.Errorf("served %d calls, want %d", w.served.n.Load(), 64*3)
+		}
+	})
 }
