@@ -33,7 +33,7 @@ type Container struct {
 	Status *runtimeapi.ContainerStatus
 	// Process is the container's init.
 	Process Process
-	// Spec is the bundle's config.json, verbatim.
+	// Spec is the bundle's config.json, with the resources that the runtime has given the container since.
 	Spec []byte
 	// Runtime is the OCI runtime by its conventions: "runc" or "crun".
 	Runtime string
@@ -100,6 +100,9 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 	if spec.Root == nil || spec.Linux == nil {
 		return nil, fmt.Errorf("%w: its specification in %s has no root or no Linux part: is this a container of the kind that runc runs?",
 			ErrUnsupported, bundle)
+	}
+	if c.Spec, err = withResources(c.Spec, info.RuntimeSpec.Linux.Resources); err != nil {
+		return nil, fmt.Errorf("parse OCI spec of %s: %w", bundle, err)
 	}
 	if c.Rootfs = spec.Root.Path; !filepath.IsAbs(c.Rootfs) {
 		c.Rootfs = filepath.Join(bundle, c.Rootfs)

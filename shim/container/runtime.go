@@ -17,6 +17,11 @@ type info struct {
 	RuntimeOptions struct {
 		Root string `json:"root"`
 	} `json:"runtimeOptions"`
+	RuntimeSpec struct {
+		Linux struct {
+			Resources json.RawMessage `json:"resources"`
+		} `json:"linux"`
+	} `json:"runtimeSpec"`
 }
 
 func parseInfo(verbose map[string]string) (info, error) {
