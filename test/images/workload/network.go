@@ -19,8 +19,7 @@ import (
 //	net late PORT            the same, but accepts no TCP connection before SIGUSR1
 //	net dial ADDRESS         sends each step over one TCP connection and expects it back
 //	net clients ADDRESS RATE opens RATE connections a second, each for one exchange, and writes their number as "connections N"
-//	net pingpong             exchanges a byte with itself over loopback each millisecond, and writes how long the longest
-//	                         exchange since the last step took as "longest N us"
+//	net pingpong             exchanges a byte with itself over loopback each millisecond, and writes "exchanges N, longest M us"
 //
 // All of them end with an error as soon as an exchange fails.
 func network(args []string) error {
@@ -141,7 +140,7 @@ func pingpong() error {
 	if err != nil {
 		return err
 	}
-	var longest atomic.Int64
+	var done, longest atomic.Int64
 	failed := make(chan error, 1)
 	go func() {
 		for range time.Tick(time.Millisecond) {
@@ -150,14 +149,12 @@ func pingpong() error {
 				failed <- err
 				return
 			}
-			// Only this goroutine makes it longer, and only the other one takes it away.
-			if took := time.Since(start).Microseconds(); took > longest.Load() {
-				longest.Store(took)
-			}
+			done.Add(1)
+			longest.Store(max(longest.Load(), time.Since(start).Microseconds()))
 		}
 	}()
 	return count(func() error {
-		fmt.Println("longest", longest.Swap(0), "us")
+		fmt.Printf("exchanges %d, longest %d us\n", done.Load(), longest.Load())
 		return failure(failed)
 	})
 }
