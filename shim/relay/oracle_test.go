@@ -49,6 +49,9 @@ func digest(m []byte) string {
 	return fmt.Sprintf("%d bytes %x", len(m), sum[:8])
 }
 
+// plain is metadata without its way to print, which leaves the values out.
+func plain(md metadata.MD) map[string][]string { return md }
+
 // A way is one of the two to a backend.
 type way struct {
 	*journal
@@ -134,7 +137,7 @@ func (j *journal) noting(handle func(grpc.ServerStream) error) func(grpc.ServerS
 		if deadline, ok := s.Context().Deadline(); ok {
 			left = time.Until(deadline).Round(time.Hour).String()
 		}
-		j.note(n.actor, "%s, deadline %s, %q", method, left, in)
+		j.note(n.actor, "%s, deadline %s, %q", method, left, plain(in))
 		err := handle(n)
 		j.note(n.actor, "sent %d messages, returned %v, context %v", n.sent, err, n.ctx.Err())
 		return err
@@ -213,7 +216,7 @@ func (w *way) read(actor string, s grpc.ClientStream) {
 	header, _ := s.Header()
 	st := status.Convert(err)
 	details, _ := proto.MarshalOptions{Deterministic: true}.Marshal(st.Proto())
-	w.note(actor, "header %q", header)
-	w.note(actor, "trailer %q", s.Trailer())
+	w.note(actor, "header %q", plain(header))
+	w.note(actor, "trailer %q", plain(s.Trailer()))
 	w.note(actor, "status %v %q, in all %x", st.Code(), st.Message(), details)
 }

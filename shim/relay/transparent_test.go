@@ -429,30 +429,35 @@ func (e *expiringContext) Err() error {
 // TestDeadlineAndCancel: the runtime sees the client's deadline, the end of its
 // patience, and the end of its connection.
 func TestDeadlineAndCancel(t *testing.T) {
-	entered := make(chan struct{})
+	entered, left := make(chan struct{}, 1), make(chan struct{}, 1)
 	hang := func(s grpc.ServerStream) error {
 		if in, _ := metadata.FromIncomingContext(s.Context()); in.Get("actor") != nil {
 			entered <- struct{}{}
+			defer func() { left <- struct{}{} }()
 		}
 		<-s.Context().Done()
 		return status.FromContextError(s.Context().Err()).Err()
 	}
 	methods := []string{"/x.Y/Hang", servedMethod}
 	direct := againstDirect(t, hang, func(w *way) {
-		// hanging makes a call, and ends it once its handler runs.
+		// hanging makes a call, and ends it once its handler runs, which must end it there.
 		hanging := func(ctx context.Context, c *grpc.ClientConn, actor, method string, end func()) {
 			done := make(chan struct{})
 			go func() {
 				defer close(done)
 				w.exchange(ctx, c, actor, method, []byte("request"))
 			}()
-			select {
-			case <-entered:
-			case <-w.ctx.Done():
-				w.t.Errorf("%s: the handler was not called", actor)
+			wait := func(c <-chan struct{}, what string) {
+				select {
+				case <-c:
+				case <-w.ctx.Done():
+					w.t.Fatalf("%s: the handler %s", actor, what)
+				}
 			}
+			wait(entered, "was not called")
 			end()
 			<-done
+			wait(left, "goes on")
 		}
 		for _, method := range methods {
 			actor := "deadline of " + method
