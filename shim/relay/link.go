@@ -344,7 +344,9 @@ func (l *link) deliver(id uint32, raw []byte) {
 	l.release()
 }
 
-// release passes what the client's connection window lets through of what is held.
+// release passes what the client's connection window lets through of what is
+// held. That may exceed outLimit by maxHeld: the memory is only moved, and the
+// runtime is not read before it has been written.
 func (l *link) release() {
 	if !l.client.closed && len(l.account.held) > 0 {
 		l.client.buf = l.account.release(l.client.buf)
