@@ -28,6 +28,7 @@ type Config struct {
 	Listen          string // endpoint for the kubelet: unix:///path or a path; not used where systemd hands a socket over
 	RuntimeEndpoint string // of the runtime, in the same form
 	Criu            string // path of criu, or its name in PATH
+	Version         string // of crishim: archives say what has made them
 	Log             logrus.FieldLogger
 }
 
@@ -57,7 +58,8 @@ func Run(ctx context.Context, config Config) error {
 	}
 	defer runtime.Close()
 	checkpoints := checkpoint.New(checkpoint.Config{
-		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Criu: config.Criu, Log: config.Log,
+		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
+		Criu: config.Criu, Version: config.Version, Log: config.Log,
 	})
 	server := grpc.NewServer()
 	defer server.Stop()

@@ -10,7 +10,7 @@ import (
 )
 
 func serveCommand() *cobra.Command {
-	var config shim.Config
+	config := shim.Config{Version: version}
 	var level string
 	command := &cobra.Command{
 		Use:   "serve",

@@ -36,6 +36,7 @@ type Config struct {
 	RootfsImage      string    `json:"rootfsImage,omitempty"`     // as the pod names it
 	RootfsImageRef   string    `json:"rootfsImageRef,omitempty"`  // repo@sha256:… for containerd, an image ID for CRI-O
 	RootfsImageName  string    `json:"rootfsImageName,omitempty"` // for people
+	RootfsImageID    string    `json:"rootfsImageID,omitempty"`   // 64 hexadecimal digits: podman needs it
 	Runtime          string    `json:"runtime,omitempty"`         // the OCI runtime, such as runc
 	CreatedTime      time.Time `json:"createdTime"`
 	CheckpointedTime time.Time `json:"checkpointedTime"`

@@ -268,7 +268,7 @@ func TestMemberChangesSize(t *testing.T) {
 			path := s.Images().Name() + "/pages-1.img"
 			members, err := s.members()
 			must(t, err)
-			entries, total, err := layout(members, time.Now())
+			entries, total, err := layout(members, nil, time.Now())
 			must(t, err)
 			must(t, os.Truncate(path, size))
 			f, err := openAt(s.Dir(), archiveName, unix.O_WRONLY|unix.O_CREAT)
@@ -285,7 +285,7 @@ func TestMemberChangesSize(t *testing.T) {
 // A file of 8 GiB has no place in an octal field: PAX. It is sparse, and only its layout is looked at.
 func TestLayoutOfBigFile(t *testing.T) {
 	const size = 9 << 30
-	entries, total, err := layout([]member{{name: "checkpoint/pages-1.img", size: size}}, time.Now())
+	entries, total, err := layout([]member{{name: "checkpoint/pages-1.img", size: size}}, nil, time.Now())
 	must(t, err)
 	h, err := tar.NewReader(bytes.NewReader(entries[1].header)).Next()
 	must(t, err)

@@ -17,7 +17,8 @@ const copyChunk = 8 << 20
 // Assemble writes the archive from what was staged: the regular files in Dir and
 // Images, and nothing else may be there. Each staged file is deleted once it is
 // in the archive, so that only the largest member needs its room twice. After an
-// error, then, Remove is all that is left to do.
+// error, then, Remove is all that is left to do. Where a manifest was staged, it is
+// completed with the digests of all others.
 //
 // progress, if not nil, is called now and then with the bytes written so far,
 // from the same goroutine.
@@ -26,7 +27,11 @@ func (s *Staging) Assemble(ctx context.Context, progress func(written int64)) er
 	if err != nil {
 		return fmt.Errorf("assemble archive: %w", err)
 	}
-	entries, size, err := layout(members, time.Now())
+	manifest, members, err := takeManifest(members)
+	if err != nil {
+		return fmt.Errorf("assemble archive: %w", err)
+	}
+	entries, size, err := layout(members, manifest, time.Now())
 	if err != nil {
 		return fmt.Errorf("assemble archive: %w", err)
 	}
@@ -34,7 +39,7 @@ func (s *Staging) Assemble(ctx context.Context, progress func(written int64)) er
 	if err != nil {
 		return fmt.Errorf("assemble archive: %w", s.Explain(err))
 	}
-	w := &writer{file: f, progress: progress}
+	w := &writer{file: f, manifest: manifest, progress: progress}
 	if err := w.write(ctx, entries, size); err != nil {
 		f.Close()
 		return fmt.Errorf("assemble archive: %w", s.Explain(err))
@@ -98,6 +103,7 @@ func list(dir *os.File, prefix, skip string) ([]member, error) {
 // writer moves the bytes of a layout into a file.
 type writer struct {
 	file     *os.File
+	manifest *Manifest // gets the digests; nil where there is none
 	written  int64
 	progress func(written int64)
 }
@@ -106,6 +112,7 @@ func (w *writer) write(ctx context.Context, entries []entry, size int64) error {
 	if err := makePrivate(w.file, 0o600); err != nil {
 		return err
 	}
+	summed := 0
 	for _, e := range entries {
 		if w.written != e.offset {
 			return fmt.Errorf("entry %s is due at byte %d, but %d are written", e.member.name, e.offset, w.written)
@@ -113,11 +120,24 @@ func (w *writer) write(ctx context.Context, entries []entry, size int64) error {
 		if err := w.writeBytes(e.header); err != nil {
 			return err
 		}
-		if e.member.dir == nil {
-			continue
-		}
-		if err := w.copyMember(ctx, e.member); err != nil {
-			return fmt.Errorf("pack %s: %w", e.member.name, err)
+		switch {
+		case e.member.name == ManifestName:
+			data, err := w.manifest.encode()
+			if err != nil {
+				return fmt.Errorf("write %s: %w", e.member.name, err)
+			}
+			if err := w.writeBytes(append(data, make([]byte, padding(e.member.size))...)); err != nil {
+				return err
+			}
+		case e.member.dir != nil:
+			sum, err := w.copyMember(ctx, e.member)
+			if err != nil {
+				return fmt.Errorf("pack %s: %w", e.member.name, err)
+			}
+			if w.manifest != nil {
+				w.manifest.Members[summed].SHA256 = sum
+				summed++
+			}
 		}
 	}
 	if err := w.writeBytes(make([]byte, trailerSize)); err != nil {
@@ -136,15 +156,51 @@ func (w *writer) writeBytes(b []byte) error {
 	return err
 }
 
-// copyMember copies a staged file behind its header and deletes it.
-func (w *writer) copyMember(ctx context.Context, m member) error {
+// copyMember copies a staged file behind its header and deletes it. It returns the
+// file's digest where there is a manifest to put it into.
+func (w *writer) copyMember(ctx context.Context, m member) (digest string, err error) {
 	src, err := openAt(m.dir, m.base, unix.O_RDONLY)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer src.Close()
 
-	for left := m.size; left > 0; {
+	sumCtx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	wait := func() (string, error) { return "", nil }
+	if w.manifest != nil {
+		wait = startSum(sumCtx, src, m.size)
+	}
+	err = w.copyBytes(ctx, src, m.size)
+	if err != nil {
+		cancel(err)
+	}
+	digest, sumErr := wait()
+	if err != nil {
+		return "", err
+	}
+	if sumErr != nil {
+		return "", sumErr
+	}
+	info, err := src.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() || info.Size() != m.size {
+		return "", fmt.Errorf("file changed from %d to %d bytes while it was packed: something still writes to it", m.size, info.Size())
+	}
+	if err := w.writeBytes(make([]byte, padding(m.size))); err != nil {
+		return "", err
+	}
+	if err := unix.Unlinkat(int(m.dir.Fd()), m.base, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return "", &os.PathError{Op: "unlink", Path: src.Name(), Err: err}
+	}
+	return digest, nil
+}
+
+// copyBytes copies the first size bytes of src.
+func (w *writer) copyBytes(ctx context.Context, src *os.File, size int64) error {
+	for left := size; left > 0; {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -162,19 +218,6 @@ func (w *writer) copyMember(ctx context.Context, m member) error {
 			return fmt.Errorf("file shrank by %d bytes while it was packed: something still writes to it", left)
 		}
 		w.report()
-	}
-	info, err := src.Stat()
-	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() || info.Size() != m.size {
-		return fmt.Errorf("file changed from %d to %d bytes while it was packed: something still writes to it", m.size, info.Size())
-	}
-	if err := w.writeBytes(make([]byte, padding(m.size))); err != nil {
-		return err
-	}
-	if err := unix.Unlinkat(int(m.dir.Fd()), m.base, 0); err != nil && !errors.Is(err, unix.ENOENT) {
-		return &os.PathError{Op: "unlink", Path: src.Name(), Err: err}
 	}
 	return nil
 }

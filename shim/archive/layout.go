@@ -31,7 +31,7 @@ type member struct {
 type entry struct {
 	offset int64 // of the header in the archive
 	header []byte
-	member member // a directory has a name only
+	member member // directory and manifest come from no staged file, and have no dir
 }
 
 // layout decides the archive's form before a byte is moved: which entries, in
@@ -40,8 +40,10 @@ type entry struct {
 //
 // Readers of metadata need not seek past gigabytes: known metadata comes first, then the
 // directory checkpoint/ (checkpointctl wants it named) with the small images,
-// then the other small members, then the big ones, the largest last.
-func layout(members []member, now time.Time) ([]entry, int64, error) {
+// then the other small members, then the big ones, the largest last, and behind
+// them the manifest, if there is one. It gets the members' names and sizes here, which
+// is all that its own size depends on.
+func layout(members []member, manifest *Manifest, now time.Time) ([]entry, int64, error) {
 	members = append(slices.Clone(members), member{name: ImagesDir + "/", modTime: now})
 	slices.SortFunc(members, func(a, b member) int {
 		return cmp.Or(
@@ -50,6 +52,18 @@ func layout(members []member, now time.Time) ([]entry, int64, error) {
 			strings.Compare(a.name, b.name),
 		)
 	})
+	if manifest != nil {
+		for _, m := range members {
+			if m.dir != nil {
+				manifest.Members = append(manifest.Members, Digest{Name: m.name, Size: m.size, SHA256: noSum})
+			}
+		}
+		data, err := manifest.encode()
+		if err != nil {
+			return nil, 0, fmt.Errorf("write %s: %w", ManifestName, err)
+		}
+		members = append(members, member{name: ManifestName, size: int64(len(data)), modTime: now})
+	}
 	entries := make([]entry, 0, len(members))
 	offset := int64(0)
 	for _, m := range members {

@@ -13,8 +13,8 @@ import (
 )
 
 // newJob puts together what the helper needs, among it the members of the archive that are known before the dump.
-func newJob(location, criu string, c *container.Container) (*crishimv1.Job, error) {
-	members, err := metadata(c, time.Now())
+func newJob(location, criu string, c *container.Container, imageID string, origin archive.Origin) (*crishimv1.Job, error) {
+	members, err := metadata(c, imageID, origin, time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -51,7 +51,7 @@ func newJob(location, criu string, c *container.Container) (*crishimv1.Job, erro
 }
 
 // metadata makes the members by which readers and restorers know what they have before them.
-func metadata(c *container.Container, now time.Time) ([]*crishimv1.Member, error) {
+func metadata(c *container.Container, imageID string, origin archive.Origin, now time.Time) ([]*crishimv1.Member, error) {
 	members := []*crishimv1.Member{{Name: archive.SpecDump, Content: c.Spec}}
 	for _, m := range []struct {
 		name  string
@@ -63,12 +63,14 @@ func metadata(c *container.Container, now time.Time) ([]*crishimv1.Member, error
 			RootfsImage:      c.Status.GetImage().GetImage(),
 			RootfsImageRef:   c.Status.GetImageRef(),
 			RootfsImageName:  imageName(c.Status.GetImage()),
+			RootfsImageID:    imageID,
 			Runtime:          c.Runtime,
 			CreatedTime:      time.Unix(0, c.Status.GetCreatedAt()),
 			CheckpointedTime: now,
 		}},
 		// encoding/json and not protojson: containerd reads it back by the Go names of the CRI's fields.
 		{archive.StatusDump, c.Status},
+		{archive.ManifestName, archive.NewManifest(origin)},
 	} {
 		content, err := json.Marshal(m.value)
 		if err != nil {

@@ -26,7 +26,9 @@ import (
 // Config is what a Service needs.
 type Config struct {
 	Runtime runtimeapi.RuntimeServiceClient
+	Images  runtimeapi.ImageServiceClient
 	Criu    string // name of the binary, looked for in PATH, or its path
+	Version string // of crishim
 	Log     logrus.FieldLogger
 }
 
@@ -155,7 +157,7 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for one of %d checkpoints at once on this node to end: %w", parallel, context.Cause(ctx))
 	}
-	job, err := newJob(request.GetLocation(), features.Path, c)
+	job, err := newJob(request.GetLocation(), features.Path, c, s.imageID(ctx, c), s.origin(ctx, features, c))
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@
 package container
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -37,6 +38,8 @@ type Container struct {
 	Spec []byte
 	// Runtime is the OCI runtime by its conventions: "runc" or "crun".
 	Runtime string
+	// RuntimeBinary is what the runtime is configured to run: the OCI runtime's path or name.
+	RuntimeBinary string
 	// Rootfs is the root file system, mounted.
 	Rootfs string
 	// UpperDir is the upper directory of the overlay at Rootfs; empty where nothing can be written to it.
@@ -112,6 +115,7 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 		return nil, err
 	}
 	c.Runtime, c.Descriptors = state.runtime, state.descriptors
+	c.RuntimeBinary = cmp.Or(info.RuntimeOptions.BinaryName, "runc")
 	if state.pid != info.Pid {
 		return nil, fmt.Errorf("%w: the runtime says that its pid is %d, %s that it is %d: has it just been restarted?",
 			ErrNotRunning, info.Pid, state.runtime, state.pid)

@@ -15,7 +15,8 @@ type info struct {
 	Pid            int    `json:"pid"`
 	RuntimeType    string `json:"runtimeType"`
 	RuntimeOptions struct {
-		Root string `json:"root"`
+		Root       string `json:"root"`
+		BinaryName string `json:"binary_name"`
 	} `json:"runtimeOptions"`
 	RuntimeSpec struct {
 		Linux struct {
