@@ -22,7 +22,7 @@ func main() {
 	defer stop()
 	if err := rootCommand().ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(os.Stderr, "crishim: %v\n", err)
-		os.Exit(1)
+		os.Exit(exitCode(err))
 	}
 }
 
@@ -38,6 +38,6 @@ CRIU and writes an archive where the kubelet asked for it.`,
 		SilenceErrors: true,
 		Version:       version,
 	}
-	root.AddCommand(serveCommand(), versionCommand())
+	root.AddCommand(serveCommand(), verifyCommand(), versionCommand())
 	return root
 }
