@@ -61,7 +61,7 @@ var limits = []struct {
 	{regexp.MustCompile(`No space left on device`), noSpaceAdvice, unix.ENOSPC},
 	{regexp.MustCompile(`Disk quota exceeded`), "raise the quota, or choose a location on another file system", unix.EDQUOT},
 	{regexp.MustCompile(`Connected TCP socket`), "close the connection first", errConnectedTCP},
-	{regexp.MustCompile(`Locking network failed`), "the container has a TCP connection, for which its pod's network must be locked; install iptables, or a criu with nftables", nil},
+	{regexp.MustCompile(`Locking network failed|Iptables configuration failed|Failed to lock TCP connection`), "the container has a TCP connection, which can only be dumped while its network is locked; install iptables, or a criu with nftables", nil},
 	{regexp.MustCompile(`Unsupported proto 262`), "MPTCP sockets cannot be dumped; for a Go server set GODEBUG=multipathtcp=0 in the container", nil},
 	{regexp.MustCompile(`Can't get 1:16 opt`), "this criu cannot dump sockets on this kernel; install criu 4.2 or later", nil},
 	{regexp.MustCompile(`External socket is used|Can't dump half of stream unix connection`), "a unix socket is connected to a process outside of the container; close that connection first", nil},

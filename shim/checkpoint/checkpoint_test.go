@@ -164,18 +164,20 @@ func TestCheckpointIsRestoredByItsOwnRuntime(t *testing.T) {
 	}
 }
 
-func TestKindsOfPods(t *testing.T) {
-	namespaces := func(o *runtimeapi.NamespaceOption) node.Spec {
-		return node.Spec{
-			Pod: func(p *runtimeapi.PodSandboxConfig) {
-				p.Linux.SecurityContext.NamespaceOptions = o
-				if o.Network == runtimeapi.NamespaceMode_NODE {
-					p.Hostname = "" // it is the node's
-				}
-			},
-			Container: func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions = o },
-		}
+// namespaces is a pod that shares namespaces as these options say.
+func namespaces(o *runtimeapi.NamespaceOption) node.Spec {
+	return node.Spec{
+		Pod: func(p *runtimeapi.PodSandboxConfig) {
+			p.Linux.SecurityContext.NamespaceOptions = o
+			if o.Network == runtimeapi.NamespaceMode_NODE {
+				p.Hostname = "" // it is the node's
+			}
+		},
+		Container: func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions = o },
 	}
+}
+
+func TestKindsOfPods(t *testing.T) {
 	container := func(change func(*runtimeapi.ContainerConfig)) node.Spec { return node.Spec{Container: change} }
 	own := runtimeapi.NamespaceMode_CONTAINER
 	for name, spec := range map[string]node.Spec{

@@ -2,6 +2,8 @@ package checkpoint_test
 
 import (
 	"context"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,12 +20,22 @@ import (
 	"crishim/test/node"
 )
 
-// A container with an established connection can only be dumped under a lock of its pod's network, by nftables or iptables,
-// whichever there is. Nothing of it may be left.
+// A container with an established connection can only be dumped under a lock, of its pod's network or, in the node's own, of that
+// connection: by nftables or iptables, whichever there is. Nothing of it may be left.
 func TestAnEstablishedConnection(t *testing.T) {
+	for name, network := range map[string]runtimeapi.NamespaceMode{
+		"pod": runtimeapi.NamespaceMode_POD, "hostNetwork": runtimeapi.NamespaceMode_NODE,
+	} {
+		t.Run(name, func(t *testing.T) { establishedConnection(t, network) })
+	}
+}
+
+func establishedConnection(t *testing.T, network runtimeapi.NamespaceMode) {
 	containerd := node.Containerd(t)
-	// Beside the connection, memory: the network is locked while that is written.
-	c := containerd.Run(t, node.Spec{Command: []string{"/bin/sh", "-c", "workload tcp & exec workload memory 256"}})
+	spec := namespaces(&runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER, Network: network})
+	// Connections of a process are locked before its children's memory is written.
+	spec.Command = []string{"/bin/sh", "-c", "workload memory 256 & exec workload tcp"}
+	c := containerd.Run(t, spec)
 	node.WaitCount(t, 5, c.Log)
 	pid, err := c.Pid(t.Context())
 	if err != nil {
@@ -35,7 +47,7 @@ func TestAnEstablishedConnection(t *testing.T) {
 		lock       string   // what the rules of the network say
 	}{
 		{"without iptables", "criu", iptables, "table inet CRIU-"},
-		{"without nftables", criuWithoutNftables(t), []string{"nft"}, "-A CRIU -j DROP"},
+		{"without nftables", criuWithoutNftables(t), []string{"nft"}, "-j DROP"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: test.criu, Log: testLog(t)})
@@ -91,9 +103,65 @@ func TestAnEstablishedConnection(t *testing.T) {
 	})
 }
 
-// iptables are all programs of that name which criu may look for.
-var iptables = []string{"iptables-restore", "ip6tables-restore", "iptables-legacy-restore", "ip6tables-legacy-restore",
-	"iptables-nft-restore", "ip6tables-nft-restore"}
+// The container's connections are looked at before the dump. One that comes after that look must not fail it.
+func TestAConnectionThatComesLast(t *testing.T) {
+	containerd := node.Containerd(t)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "net", "server", "8080"}})
+	node.WaitCount(t, 0, c.Log)
+	pod, err := containerd.Runtime.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: c.PodID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// criu starts after the look: this one is the real one that waits until it may.
+	dir := t.TempDir()
+	started, may := filepath.Join(dir, "started"), filepath.Join(dir, "may")
+	criu := standIn(t, "swrk*) touch "+started+"; until [ -e "+may+" ]; do sleep 0.01; done ;;")
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: criu, Log: testLog(t)})
+	defer service.Drain(context.Background())
+	path := location(t)
+	result := make(chan error, 1)
+	go func() {
+		_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
+		result <- err
+	}()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(started); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("criu does not start")
+		}
+	}
+	conn, err := net.Dial("tcp", pod.GetStatus().GetNetwork().GetIp()+":8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	exchange := func() {
+		t.Helper()
+		var answer [5]byte
+		if _, err := conn.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(conn, answer[:]); err != nil || string(answer[:]) != "hello" {
+			t.Fatalf("the server answers %q, %v", answer, err)
+		}
+	}
+	exchange()
+	if err := os.WriteFile(may, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+	exchange()
+	if images := members(t, path); images["checkpoint/tcp-stream-"] != 1 {
+		t.Errorf("the archive has %d connections, want one: %v", images["checkpoint/tcp-stream-"], images)
+	}
+}
+
+// iptables are the programs of that name which criu may run.
+var iptables = []string{"iptables", "ip6tables", "iptables-restore", "ip6tables-restore"}
 
 // hide takes programs away until the test's end.
 func hide(t *testing.T, programs ...string) {
@@ -112,14 +180,17 @@ func hide(t *testing.T, programs ...string) {
 }
 
 // criuWithoutNftables is a stand-in for a criu that was built without nftables: the real one, but for its answer to the question.
-func criuWithoutNftables(t *testing.T) string {
+func criuWithoutNftables(t *testing.T) string { return standIn(t, "*nftables*) exit 1 ;;") }
+
+// standIn is the real criu, which for some arguments, a case of the shell's, does something before.
+func standIn(t *testing.T, before string) string {
 	t.Helper()
 	criu, err := exec.LookPath("criu")
 	if err != nil {
-		t.Skip("needs the test node: run make test")
+		t.Fatal(err)
 	}
 	path := filepath.Join(t.TempDir(), "criu")
-	script := "#!/bin/sh\ncase $* in *nftables*) exit 1 ;; esac\nexec " + criu + ` "$@"` + "\n"
+	script := "#!/bin/sh\ncase $* in " + before + " esac\nexec " + criu + ` "$@"` + "\n"
 	if err := os.WriteFile(path, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +219,7 @@ func rules(t *testing.T, pid int) string {
 func unlocked(t *testing.T, pid int) {
 	t.Helper()
 	left := strings.ToLower(rules(t, pid))
-	for _, word := range []string{"criu", "drop", "mark"} {
+	for _, word := range []string{"criu", "-j drop", "policy drop"} {
 		if strings.Contains(left, word) {
 			t.Errorf("the network lock is still there:\n%s", left)
 			return
