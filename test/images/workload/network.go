@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/signal"
@@ -18,7 +19,7 @@ import (
 //	net server PORT          counts, and sends back whatever comes over TCP and UDP once it has written "serving"
 //	net late PORT            the same, but accepts no TCP connection before SIGUSR1
 //	net dial ADDRESS         sends each step over one TCP connection and expects it back
-//	net clients ADDRESS RATE opens RATE connections a second, each for one exchange, and writes their number as "connections N"
+//	net clients ADDRESS RATE opens RATE connections a second, each for two exchanges, and writes their number as "connections N"
 //	net pingpong             exchanges a byte with itself over loopback each millisecond, and writes "exchanges N, longest M us"
 //
 // All of them end with an error as soon as an exchange fails.
@@ -125,14 +126,19 @@ func clients(address string, rate int) error {
 	})
 }
 
-// visit opens a connection for one exchange.
+// visit opens a connection for two exchanges. Some of them are over at once, and of some there is always one.
 func visit(address string) error {
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	return exchanges(conn)()
+	exchange := exchanges(conn)
+	if err := exchange(); err != nil {
+		return err
+	}
+	time.Sleep(rand.N(10 * time.Millisecond))
+	return exchange()
 }
 
 func pingpong() error {
