@@ -495,11 +495,30 @@ func TestDeadlineAndCancel(t *testing.T) {
 	}
 }
 
-// TestConcurrent: 512 calls at once on one connection, some served here.
+// TestConcurrent: 512 calls at once on one connection, some served here. No
+// handler goes on before all have been called.
 func TestConcurrent(t *testing.T) {
-	againstDirect(t, echo, func(w *way) {
+	const calls = 512
+	var mu sync.Mutex
+	entered, all := 0, make(chan struct{})
+	together := func(s grpc.ServerStream) error {
+		mu.Lock()
+		open := all
+		if entered++; entered == calls {
+			close(all)
+			entered, all = 0, make(chan struct{}) // for the other way
+		}
+		mu.Unlock()
+		select {
+		case <-open:
+			return echo(s)
+		case <-s.Context().Done():
+			return status.FromContextError(s.Context().Err()).Err()
+		}
+	}
+	direct := againstDirect(t, together, func(w *way) {
 		var wg sync.WaitGroup
-		for i := range 512 {
+		for i := range calls {
 			wg.Go(func() {
 				method, md := "/x.Y/Z", []string{"number", fmt.Sprint(i)}
 				if i%8 == 0 {
@@ -510,16 +529,18 @@ func TestConcurrent(t *testing.T) {
 						md = append(md, key, "1", key, "2")
 					}
 				}
-				msg := bytes.Repeat([]byte{byte(i)}, 1+i*20)
-				for n := range 3 {
-					actor := fmt.Sprintf("call %d.%d", i, n)
-					w.exchange(with(w.ctx, actor, md...), w.conn, actor, method, msg)
-				}
+				actor := fmt.Sprintf("call %d", i)
+				w.exchange(with(w.ctx, actor, md...), w.conn, actor, method, bytes.Repeat([]byte{byte(i)}, 1+i*20))
 			})
 		}
 		wg.Wait()
-		if w.served != nil && w.served.n.Load() != 64*3 {
-			w.t.Errorf("served %d calls, want %d", w.served.n.Load(), 64*3)
+		if w.served != nil && w.served.n.Load() != calls/8 {
+			w.t.Errorf("served %d calls, want %d", w.served.n.Load(), calls/8)
 		}
 	})
+	for i := range calls {
+		if actor := fmt.Sprintf("call %d", i); !direct.saw(actor, "messages in all") || direct.saw(actor, "0 messages in all") {
+			t.Errorf("%s was not answered", actor)
+		}
+	}
 }
