@@ -21,6 +21,7 @@ import (
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"crishim/shim/archive"
 )
@@ -46,13 +47,17 @@ type Container struct {
 	ID      string
 	Runtime string // "runc" or "crun"
 	machine Machine
-	dir     string // of the machine
+	dir     string   // of the machine
+	input   *os.File // both ends of its standard input
 	// terminal is nil unless the container has one.
 	terminal *terminal
 	// pod holds a process namespace that the container shares; nil if it has its own or the machine's.
 	pod      *exec.Cmd
 	podInput io.Closer
+	shm      string // where its /dev/shm is mounted on the machine, empty if it is the machine's own
 }
+
+const shm = "/dev/shm"
 
 // Archive restores an archive, whose container ran from the image, and returns when the container goes on.
 func Archive(ctx context.Context, m Machine, r io.Reader, image string) (_ *Container, err error) {
@@ -87,9 +92,15 @@ func Archive(ctx context.Context, m Machine, r io.Reader, image string) (_ *Cont
 		}
 		args = append(args, "--console-socket", socket)
 	}
+	// Its input does not end before Remove.
+	if err := unix.Mkfifo(m.Path(c.dir+"/input"), 0o600); err != nil {
+		return nil, fmt.Errorf("make standard input: %w", err)
+	}
+	if c.input, err = os.OpenFile(m.Path(c.dir+"/input"), os.O_RDWR, 0); err != nil {
+		return nil, err
+	}
 	// The standard streams must be the machine's own, so that the restored process has no file of another mount namespace.
-	// Its input is a FIFO that never ends, since it is open for writing, too.
-	script := fmt.Sprintf(`mkfifo -m 0600 %[1]s/input && exec "$@" <>%[1]s/input >%[1]s/output 2>%[1]s/stderr`, c.dir)
+	script := fmt.Sprintf(`exec "$@" <%[1]s/input >%[1]s/output 2>%[1]s/stderr`, c.dir)
 	if err := c.run(ctx, "sh", append([]string{"-c", script, "sh"}, append(args, c.ID)...)...); err != nil {
 		stderr, _ := os.ReadFile(m.Path(c.dir + "/stderr"))
 		return nil, fmt.Errorf("%s restore: %w: %s%s", c.Runtime, err, stderr, c.restoreErrors())
@@ -111,12 +122,8 @@ func (c *Container) Input(text string) error {
 	if c.terminal != nil {
 		return c.terminal.input(text)
 	}
-	file, err := os.OpenFile(c.machine.Path(c.dir+"/input"), os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	_, err = file.WriteString(text)
-	return errors.Join(err, file.Close())
+	_, err := c.input.WriteString(text)
+	return err
 }
 
 // Signal sends a signal, such as "USR1", to the container's first process.
@@ -160,6 +167,9 @@ func (c *Container) Remove(ctx context.Context) error {
 		// Also of a container that was never restored.
 		_ = c.run(ctx, c.Runtime, "delete", "--force", c.ID)
 	}
+	if c.input != nil {
+		errs = append(errs, c.input.Close())
+	}
 	if c.terminal != nil {
 		errs = append(errs, c.terminal.close())
 	}
@@ -170,9 +180,9 @@ func (c *Container) Remove(ctx context.Context) error {
 	if c.run(ctx, "mountpoint", "-q", rootfs) == nil {
 		errs = append(errs, c.run(ctx, "ctr", "-n", "k8s.io", "images", "unmount", "--rm", rootfs))
 	}
-	for _, namespace := range []string{c.netns(), c.pidns()} {
-		if c.run(ctx, "mountpoint", "-q", namespace) == nil {
-			errs = append(errs, c.run(ctx, "umount", namespace))
+	for _, mount := range []string{c.netns(), c.pidns(), c.shm} {
+		if mount != "" && c.run(ctx, "mountpoint", "-q", mount) == nil {
+			errs = append(errs, c.run(ctx, "umount", mount))
 		}
 	}
 	return errors.Join(append(errs, os.RemoveAll(c.machine.Path(c.dir)))...)
@@ -190,6 +200,24 @@ func (c *Container) makeRootfs(ctx context.Context, image string) error {
 	if err := c.run(ctx, "ctr", "-n", "k8s.io", "images", "mount", "--rw", image, rootfs); err != nil {
 		return err
 	}
+	if _, err := os.Stat(c.machine.Path(filepath.Join(c.dir, archive.RootfsDiff))); err != nil {
+		return nil // a root file system that could not be written to
+	}
+	if err := c.removeReplaced(); err != nil {
+		return err
+	}
+	return c.run(ctx, "tar", "--extract", "--same-permissions", "--xattrs", "--xattrs-include=*", "--exclude=.wh.*",
+		"--directory", rootfs, "--file", filepath.Join(c.dir, archive.RootfsDiff))
+}
+
+// removeReplaced removes from the root file system what the container had removed, and what it had replaced by something that
+// tar would not put in its place: a directory by a file, or the reverse.
+func (c *Container) removeReplaced() error {
+	root, err := os.OpenRoot(c.machine.Path(c.dir + "/rootfs"))
+	if err != nil {
+		return err
+	}
+	defer root.Close()
 	var deleted []string
 	if err := c.readJSON(archive.DeletedFiles, &deleted); err != nil {
 		return err
@@ -202,15 +230,31 @@ func (c *Container) makeRootfs(ctx context.Context, image string) error {
 		case strings.HasPrefix(name, ".wh."):
 			continue
 		}
-		if err := c.run(ctx, "rm", "-rf", "--", filepath.Join(rootfs, path)); err != nil {
+		if err := root.RemoveAll(path); err != nil {
 			return err
 		}
 	}
-	if _, err := os.Stat(c.machine.Path(filepath.Join(c.dir, archive.RootfsDiff))); err != nil {
-		return nil // a root file system that could not be written to
+	diff, err := os.Open(c.machine.Path(filepath.Join(c.dir, archive.RootfsDiff)))
+	if err != nil {
+		return err
 	}
-	return c.run(ctx, "tar", "--extract", "--same-permissions", "--xattrs", "--xattrs-include=*", "--exclude=.wh.*",
-		"--directory", rootfs, "--file", filepath.Join(c.dir, archive.RootfsDiff))
+	defer diff.Close()
+	for layer := tar.NewReader(diff); ; {
+		header, err := layer.Next()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read changes of the root file system: %w", err)
+		}
+		was, err := root.Lstat(header.Name)
+		if err == nil && was.IsDir() != (header.Typeflag == tar.TypeDir) {
+			err = root.RemoveAll(header.Name)
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
 }
 
 // makeSpec makes the bundle's config.json: the archive's own, with this machine's mounts and namespaces.
@@ -227,6 +271,9 @@ func (c *Container) makeSpec(ctx context.Context) (*specs.Spec, error) {
 	spec.Linux.CgroupsPath = "/" + c.ID
 	for i, bind := range binds {
 		source, ok := c.machine.Volumes[bind.Destination]
+		if bind.Source == shm {
+			source, ok = shm, true // the machine's own, of a pod with hostIPC
+		}
 		if !ok {
 			source = fmt.Sprintf("%s/mounts/%d", c.dir, i)
 			if err := c.makeSource(ctx, source, bind); err != nil {
@@ -322,9 +369,13 @@ func (c *Container) makeSource(ctx context.Context, source string, bind archive.
 	if err := os.Chmod(here, mode); err != nil {
 		return err
 	}
-	if bind.Destination != "/dev/shm" {
+	if bind.Destination != shm {
 		return nil
 	}
+	if err := c.run(ctx, "mount", "-t", "tmpfs", "-o", "nosuid,nodev,noexec", "shm", source); err != nil {
+		return err
+	}
+	c.shm = source
 	return c.run(ctx, "tar", "--extract", "--same-permissions", "--directory", source, "--file", filepath.Join(c.dir, archive.DevShm))
 }
 
