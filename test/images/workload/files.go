@@ -21,7 +21,7 @@ func tree(dir string) (func() (string, error), error) {
 	return func() (string, error) {
 		digest := sha256.New()
 		entries, err := listTree(dir, digest)
-		return fmt.Sprintf("%d entries, sha256 %x", entries, digest.Sum(nil)), err
+		return fmt.Sprintf("tree %s: %d entries, sha256 %x", dir, entries, digest.Sum(nil)), err
 	}, nil
 }
 
@@ -55,8 +55,11 @@ func listTree(dir string, w io.Writer) (entries int, err error) {
 			return err
 		}
 		stat := info.Sys().(*syscall.Stat_t)
-		if stat.Dev != root.Dev && entry.IsDir() {
+		switch {
+		case stat.Dev != root.Dev && entry.IsDir():
 			return fs.SkipDir
+		case stat.Dev != root.Dev:
+			return nil
 		}
 		entries++
 		line := fmt.Sprintf("%q %o %d:%d", path, stat.Mode, stat.Uid, stat.Gid)

@@ -31,12 +31,60 @@ func kinds() map[string]kind {
 		"hugetlb":        hugetlb,
 		"protections":    protections,
 		"shared-memory":  sharedMemory,
+		"sysv":           sysv,
 		// processes.go
 		"family":   family,
 		"threads":  threads,
 		"identity": identity,
+		"limits":   limits,
+		"denied":   denied,
+		// signals.go
+		"pending":      pendingSignals,
+		"dispositions": dispositions,
+		"timers":       timers,
+		"alarm":        alarm,
+		// descriptors.go
+		"files":     files,
+		"pipes":     pipes,
+		"eventfd":   eventfd,
+		"semaphore": semaphore,
+		"due":       due,
+		"epoll":     epoll,
+		"signalfd":  signalfd,
+		"timerfd":   timerfd,
+		"locks":     locks,
+		"ptys":      ptys,
+		// sockets.go
+		"unix":      unixSockets,
+		"passing":   passing,
+		"waiting":   waiting,
+		"peer-name": peerName,
+		// streams.go
+		"stdin":    stdin,
+		"terminal": terminal,
+		"lines":    lines,
+		// mounts.go
+		"mounts": mounts,
+		"tmpfs":  tmpfs,
+		"device": device,
 		// files.go
 		"tree": tree,
+		// make.go
+		"content":           content,
+		"changes":           changes,
+		"special":           made(special),
+		"sparse":            made(sparse),
+		"attributes":        made(attributes),
+		"owners":            made(owners),
+		"names":             made(names),
+		"deep":              made(deep),
+		"many":              made(many),
+		"deleted":           deleted,
+		"deleted-name":      deletedName,
+		"renamed":           renamed,
+		"replaced":          replaced,
+		"image-file":        imageFile,
+		"working-directory": workingDirectory,
 	}
 }
 
@@ -100,8 +148,9 @@ func parts() map[string]kind {
 		"nothing": func(string) (func() (string, error), error) {
 			return func() (string, error) { return "here", nil }, nil
 		},
-		"family": familyPart,
-		"shared": sharedPart,
+		"family":  familyPart,
+		"pending": pendingPart,
+		"shared":  sharedPart,
 	}
 }
 

@@ -333,3 +333,73 @@ func sharedPart(argument string) (func() (string, error), error) {
 		return fmt.Sprintf("%d %s", seen, sum(memory[4096:])), nil
 	}, nil
 }
+
+// sysv is shared memory, a semaphore and a queue of System V, in the pod's IPC namespace.
+func sysv(string) (func() (string, error), error) {
+	const (
+		create    = 0o1000 | 0o600
+		key       = 0x4711
+		setValue  = 16 // of a semaphore
+		getValue  = 12
+		look      = 0o40000 | 0o4000 // MSG_COPY and IPC_NOWAIT
+		attachRDM = 0
+	)
+	shm, err := newFd(syscall.SYS_SHMGET, key, megabyte, create, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make shared memory: %w", err)
+	}
+	address, _, errno := syscall.Syscall(syscall.SYS_SHMAT, uintptr(shm), 0, attachRDM)
+	if errno != 0 {
+		return nil, fmt.Errorf("attach shared memory: %w", errno)
+	}
+	// The kernel chose the address: nothing of Go's is there.
+	memory := unsafe.Slice((*byte)(*(*unsafe.Pointer)(unsafe.Pointer(&address))), megabyte)
+	noise(memory, 13)
+	sem, err := newFd(syscall.SYS_SEMGET, key, 2, create, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make semaphores: %w", err)
+	}
+	for i := range uintptr(2) {
+		if _, err := newFd(syscall.SYS_SEMCTL, uintptr(sem), i, setValue, 5+i); err != nil {
+			return nil, fmt.Errorf("set semaphore: %w", err)
+		}
+	}
+	queue, err := newFd(syscall.SYS_MSGGET, key, create, 0, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make queue: %w", err)
+	}
+	type message struct {
+		kind int64
+		text [32]byte
+	}
+	for i := range 2 {
+		m := message{kind: int64(3 + i)}
+		copy(m.text[:], fmt.Sprintf("message %d", i))
+		if _, err := newFd(syscall.SYS_MSGSND, uintptr(queue), uintptr(unsafe.Pointer(&m)), uintptr(len(m.text)), 0); err != nil {
+			return nil, fmt.Errorf("send: %w", err)
+		}
+	}
+	return func() (string, error) {
+		states := []string{fmt.Sprintf("shared memory %d: %s", shm, sum(memory))}
+		again, err := newFd(syscall.SYS_SHMGET, key, megabyte, 0, 0)
+		if err != nil || again != shm {
+			return "", fmt.Errorf("shared memory is %d by its key, %w", again, err)
+		}
+		for i := range uintptr(2) {
+			value, err := newFd(syscall.SYS_SEMCTL, uintptr(sem), i, getValue, 0)
+			if err != nil {
+				return "", fmt.Errorf("get semaphore: %w", err)
+			}
+			states = append(states, fmt.Sprintf("semaphore %d: %d", i, value))
+		}
+		for i := range uintptr(2) {
+			var m message
+			_, _, errno := syscall.Syscall6(syscall.SYS_MSGRCV, uintptr(queue), uintptr(unsafe.Pointer(&m)), uintptr(len(m.text)), i, look, 0)
+			if errno != 0 {
+				return "", fmt.Errorf("look into queue: %w", errno)
+			}
+			states = append(states, fmt.Sprintf("message of type %d: %s", m.kind, strings.TrimRight(string(m.text[:]), "\x00")))
+		}
+		return strings.Join(states, ", "), nil
+	}, nil
+}

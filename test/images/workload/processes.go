@@ -260,3 +260,60 @@ func identity(string) (func() (string, error), error) {
 		return strings.Join(slices.Sorted(maps.Keys(seen)), ", "), err
 	}, nil
 }
+
+// limits are resource limits, some of them lowered.
+func limits(string) (func() (string, error), error) {
+	for resource, limit := range map[int]syscall.Rlimit{
+		syscall.RLIMIT_NOFILE: {Cur: 1500, Max: 2000}, syscall.RLIMIT_CORE: {Cur: 0, Max: 1 << 20}, syscall.RLIMIT_STACK: {Cur: 4 << 20, Max: 6 << 20},
+		8 /* RLIMIT_MEMLOCK */ : {Cur: 64 << 10, Max: 1 << 20},
+	} {
+		var now syscall.Rlimit
+		if err := syscall.Getrlimit(resource, &now); err != nil {
+			return nil, err
+		}
+		limit.Max = min(limit.Max, now.Max)
+		limit.Cur = min(limit.Cur, limit.Max)
+		if err := syscall.Setrlimit(resource, &limit); err != nil {
+			return nil, err
+		}
+	}
+	return func() (string, error) {
+		content, err := os.ReadFile("/proc/self/limits")
+		return strings.Join(strings.Fields(string(content)), " "), err
+	}, nil
+}
+
+// denied is what the process may not do: ARGUMENT is a list of actions.
+func denied(argument string) (func() (string, error), error) {
+	actions := map[string]func() error{
+		"unshare": func() error { return inThread(func() error { return syscall.Unshare(syscall.CLONE_NEWUSER) }) },
+		"write":   func() error { return os.WriteFile("/var/denied", nil, 0o600) },
+		"chown":   func() error { return os.Chown("/lower", 1, 1) },
+		"keys":    func() error { _, err := os.ReadFile("/proc/keys"); return err },
+		"sysctl":  func() error { return os.WriteFile("/proc/sys/kernel/domainname", []byte("denied"), 0) },
+		"bus":     func() error { return os.WriteFile("/proc/bus/denied", nil, 0) },
+	}
+	names := strings.Split(argument, ",")
+	for _, name := range names {
+		if actions[name] == nil {
+			return nil, fmt.Errorf("unknown action %q", name)
+		}
+	}
+	return func() (string, error) {
+		var states []string
+		for _, name := range names {
+			states = append(states, fmt.Sprintf("%s: %v", name, actions[name]()))
+		}
+		return strings.Join(states, ", "), nil
+	}, nil
+}
+
+// inThread calls f on a thread that ends afterwards.
+func inThread(f func() error) error {
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		result <- f()
+	}()
+	return <-result
+}
