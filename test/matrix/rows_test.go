@@ -2,7 +2,6 @@ package matrix
 
 import (
 	"context"
-	"slices"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -24,6 +23,8 @@ type row struct {
 	before func(context.Context, *site) error
 	// during is called before the dump, and what it returns after it. It may be nil.
 	during func(context.Context, *node.Container) (end func() error, err error)
+	// after is called when the restored container has the state of the original. It may be nil.
+	after func(ctx context.Context, restored instance) error
 	// alone says that no other row is to run at the same time: it needs much memory, or much of the disk.
 	alone bool
 	// limits are why it cannot be started, dumped or restored, if so.
@@ -105,32 +106,5 @@ func (r row) spec(runtime string, mounts []*cri.Mount) node.Spec {
 				r.container(c)
 			}
 		},
-	}
-}
-
-// section is a part of the table.
-type section struct {
-	title string
-	rows  []row
-}
-
-func sections() []section {
-	return []section{
-		{"Processes and memory", slices.Concat(memoryRows())},
-		{"Programs", programRows()},
-	}
-}
-
-func memoryRows() []row {
-	return []row{
-		{name: "memory", what: "1 GiB of private memory with known content", kinds: []string{"memory=1024"}, alone: true},
-		{name: "processes", what: "children, process groups, sessions, an orphan, a stopped process, zombies", kinds: []string{"family"}},
-		{name: "threads", what: "50 threads with names and priorities", kinds: []string{"threads=50"}},
-		{name: "shared memory", what: "a memory file that three processes have mapped", kinds: []string{"shared-memory"}},
-		{name: "mapped files", what: "files mapped privately and shared, with changes", kinds: []string{"mapped-private", "mapped-shared"}},
-		{name: "memfd", what: "a sealed memory file, open and mapped", kinds: []string{"memfd"}},
-		{name: "protections", what: "memory of every protection, locked memory, advice", kinds: []string{"protections"}},
-		{name: "identity", what: "users, capabilities, umask, personality", kinds: []string{"identity"}},
-		{name: "files", kinds: []string{"tree=/"}},
 	}
 }

@@ -131,6 +131,11 @@ func (s *site) run(t *testing.T, r row, runtime string) outcome {
 	if err := compare(ctx, before, after, original, restored); err != nil {
 		return outcome{restoring, err}
 	}
+	if r.after != nil {
+		if err := r.after(ctx, restored); err != nil {
+			return outcome{restoring, err}
+		}
+	}
 	return outcome{}
 }
 
@@ -294,13 +299,23 @@ func compare(ctx context.Context, before, after string, original, restored insta
 		if was[kind] == is[kind] {
 			continue
 		}
-		err := fmt.Errorf("%s was %q, is %q", kind, was[kind], is[kind])
-		if dir, ok := strings.CutPrefix(kind, "tree="); ok {
-			err = fmt.Errorf("%w%s", err, treeDifference(ctx, dir, original, restored))
+		err := fmt.Errorf("%s %s", kind, difference(was[kind], is[kind]))
+		if m := treeState.FindStringSubmatch(was[kind]); m != nil {
+			err = fmt.Errorf("%w%s", err, treeDifference(ctx, m[1], original, restored))
 		}
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+var treeState = regexp.MustCompile(`tree (\S+): `)
+
+// difference says which parts of a state, between semicolons, are no longer as they were.
+func difference(was, is string) string {
+	before, after := strings.Split(was, "; "), strings.Split(is, "; ")
+	lost := slices.DeleteFunc(slices.Clone(before), func(part string) bool { return slices.Contains(after, part) })
+	found := slices.DeleteFunc(slices.Clone(after), func(part string) bool { return slices.Contains(before, part) })
+	return fmt.Sprintf("was %q, is %q", strings.Join(lost, "; "), strings.Join(found, "; "))
 }
 
 // treeDifference lists the first files that differ.
@@ -368,4 +383,11 @@ func (s *site) moveVolumes(ctx context.Context, r row, dir string) (map[string]s
 		}
 	}
 	return volumes, nil
+}
+
+// lastPid has the first node's process ids go on from a number.
+func (s *site) lastPid(pid int) error {
+	// The parameter is that of the process namespace that it is written in.
+	_, err := s.first.Output(context.Background(), "sh", "-c", fmt.Sprintf("echo %d >/proc/sys/kernel/ns_last_pid", pid))
+	return err
 }
