@@ -212,6 +212,24 @@ func (n *Node) StartContainerd(ctx context.Context) (*Daemon, error) {
 }
 
 func (n *Node) prepareContainerd(ctx context.Context) error {
+	config := fmt.Sprintf(containerdConfig, !hasCapability(unix.CAP_SYS_RESOURCE), n.options.CgroupV2)
+	for path, content := range map[string]string{
+		"/etc/containerd/config.toml":                 config,
+		"/etc/containerd/certs.d/_default/hosts.toml": "[host.\"http://" + registryAddress + "\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
+		"/etc/cni/net.d/10-pods.conflist":             cniConfig,
+	} {
+		if err := os.MkdirAll(n.Path(filepath.Dir(path)), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(n.Path(path), []byte(content), 0o644); err != nil {
+			return err
+		}
+	}
+	return n.startRegistry(ctx)
+}
+
+// startRegistry starts the node's registry unless it runs already.
+func (n *Node) startRegistry(ctx context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.registry != nil {
@@ -228,19 +246,6 @@ func (n *Node) prepareContainerd(ctx context.Context) error {
 			return err
 		}
 		layouts = append(layouts, programs)
-	}
-	config := fmt.Sprintf(containerdConfig, !hasCapability(unix.CAP_SYS_RESOURCE), n.options.CgroupV2)
-	for path, content := range map[string]string{
-		"/etc/containerd/config.toml":                 config,
-		"/etc/containerd/certs.d/_default/hosts.toml": "[host.\"http://" + registryAddress + "\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
-		"/etc/cni/net.d/10-pods.conflist":             cniConfig,
-	} {
-		if err := os.MkdirAll(n.Path(filepath.Dir(path)), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(n.Path(path), []byte(content), 0o644); err != nil {
-			return err
-		}
 	}
 	listener, err := n.Listen(ctx, "tcp", registryAddress)
 	if err != nil {

@@ -75,7 +75,7 @@ type Node struct {
 
 // data is what lies on a real file system of the node instead of an overlay: upper directories, and archives that are
 // put together without copying.
-var data = []string{"/var/lib/containerd", "/var/lib/kubelet", "/var/lib/crishim", "/var/log", "/data"}
+var data = []string{"/var/lib/containerd", "/var/lib/docker", "/var/lib/kubelet", "/var/lib/crishim", "/var/log", "/data"}
 
 //go:embed pid1/main.go
 var pid1Source []byte
