@@ -12,21 +12,21 @@ import (
 
 const cgroupRoot = "/sys/fs/cgroup"
 
-// findFreezer returns the version of the cgroup hierarchy that has the freezer, and the container's directory there. What the
-// OCI runtime has in its state comes first: init may have moved itself into a child since.
-func findFreezer(pid int, fromState map[string]string) (version int, dir string, err error) {
+// findFreezer returns the container's directory in the cgroup hierarchy that has the freezer. What the OCI runtime has in its state
+// comes first: init may have moved itself into a child since.
+func findFreezer(pid int, fromState map[string]string) (string, error) {
 	// Which version is in use is asked of the mount. On a hybrid host /proc/PID/cgroup shows both.
 	var fs unix.Statfs_t
 	if err := unix.Statfs(cgroupRoot, &fs); err != nil {
-		return 0, "", fmt.Errorf("look at %s: %w", cgroupRoot, err)
+		return "", fmt.Errorf("look at %s: %w", cgroupRoot, err)
 	}
-	version, controller, mount, control := 1, "freezer", filepath.Join(cgroupRoot, "freezer"), "freezer.state"
+	controller, mount, control := "freezer", filepath.Join(cgroupRoot, "freezer"), "freezer.state"
 	if fs.Type == unix.CGROUP2_SUPER_MAGIC {
-		version, controller, mount, control = 2, "", cgroupRoot, "cgroup.freeze"
+		controller, mount, control = "", cgroupRoot, "cgroup.freeze"
 	}
 	own, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
-		return 0, "", gone(pid, err)
+		return "", gone(pid, err)
 	}
 	var candidates []string
 	if dir := fromState[controller]; dir != "" {
@@ -37,12 +37,12 @@ func findFreezer(pid int, fromState map[string]string) (version int, dir string,
 	}
 	for _, dir := range candidates {
 		if _, err := os.Stat(filepath.Join(dir, control)); err == nil {
-			return version, dir, nil
+			return dir, nil
 		} else if !errors.Is(err, os.ErrNotExist) {
-			return 0, "", fmt.Errorf("look at freezer: %w", err)
+			return "", fmt.Errorf("look at freezer: %w", err)
 		}
 	}
-	return 0, "", fmt.Errorf("%w: no cgroup of it with a freezer was found: looked for %s in %q", ErrUnsupported, control, candidates)
+	return "", fmt.Errorf("%w: no cgroup of it with a freezer was found: looked for %s in %q", ErrUnsupported, control, candidates)
 }
 
 // cgroupPath picks a hierarchy's path from the content of /proc/PID/cgroup; the controller "" is the unified hierarchy's.

@@ -6,7 +6,6 @@
 package container
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -38,16 +37,15 @@ type Container struct {
 	Spec []byte
 	// Runtime is the OCI runtime by its conventions: "runc" or "crun".
 	Runtime string
-	// RuntimeBinary is what the runtime is configured to run: the OCI runtime's path or name.
+	// RuntimeBinary is what the shim runs: the OCI runtime's path or name.
 	RuntimeBinary string
 	// Rootfs is the root file system, mounted.
 	Rootfs string
 	// UpperDir is the upper directory of the overlay at Rootfs; empty where nothing can be written to it.
 	UpperDir string
-	// CgroupVersion is that of the hierarchy with the freezer, 1 or 2, and Freezer the container's directory in it.
-	CgroupVersion int
-	Freezer       string
-	// SharedNamespaces are those that the spec names by a path.
+	// Freezer is the container's directory in the cgroup hierarchy that has the freezer.
+	Freezer string
+	// SharedNamespaces are the network and process namespaces that the spec names by a path. CRIU makes others anew.
 	SharedNamespaces []Namespace
 	// ExternalMounts are mount points inside the container whose content is not the image's: bind mounts with symlinks
 	// resolved, devices, and on cgroup v1 the controllers.
@@ -89,7 +87,11 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 	if c.Process, err = FindProcess(info.Pid); err != nil {
 		return nil, err
 	}
-	bundle, err := findBundle(c.Status.GetId(), info)
+	shim, err := findParent(info.Pid)
+	if err != nil {
+		return nil, err
+	}
+	bundle, err := findBundle(c.Status.GetId(), shim)
 	if err != nil {
 		return nil, err
 	}
@@ -110,23 +112,23 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 	if c.Rootfs = spec.Root.Path; !filepath.IsAbs(c.Rootfs) {
 		c.Rootfs = filepath.Join(bundle, c.Rootfs)
 	}
-	state, err := findState(c.Status.GetId(), bundle, info)
+	options, err := readOptions(bundle)
+	if err != nil {
+		return nil, err
+	}
+	state, err := findState(options.Root, bundle, c.Process, shim)
 	if err != nil {
 		return nil, err
 	}
 	c.Runtime, c.Descriptors = state.runtime, state.descriptors
-	c.RuntimeBinary = cmp.Or(info.RuntimeOptions.BinaryName, "runc")
-	if state.pid != info.Pid {
-		return nil, fmt.Errorf("%w: the runtime says that its pid is %d, %s that it is %d: has it just been restarted?",
-			ErrNotRunning, info.Pid, state.runtime, state.pid)
-	}
+	c.RuntimeBinary = options.BinaryName
 	if err := c.describeMounts(spec); err != nil {
 		return nil, err
 	}
 	if c.SharedNamespaces, err = sharedNamespaces(info.Pid, spec.Linux.Namespaces); err != nil {
 		return nil, err
 	}
-	if c.CgroupVersion, c.Freezer, err = findFreezer(info.Pid, state.cgroup); err != nil {
+	if c.Freezer, err = findFreezer(info.Pid, state.cgroup); err != nil {
 		return nil, err
 	}
 	// Everything above was read by pid; only now is it known to have been of one process.

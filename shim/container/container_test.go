@@ -2,6 +2,7 @@ package container
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -147,6 +149,7 @@ func TestParseInfo(t *testing.T) {
 		name, info, want string
 		is               error
 	}{
+		{"cri-dockerd", `{"sandboxID":"s","pid":12}`, "", nil},
 		{"containerd", `{"pid":12,"sandboxID":"s","runtimeType":"io.containerd.runc.v2","runtimeOptions":null}`, "", nil},
 		{"an unknown field of another type", `{"pid":12,"config":7}`, "", nil},
 		{"kata", `{"pid":12,"runtimeType":"io.containerd.kata.v2"}`, "io.containerd.kata.v2", ErrUnsupported},
@@ -177,13 +180,13 @@ func checkError(t *testing.T, err error, want string, is error) {
 }
 
 func TestStates(t *testing.T) {
-	got, err := runcState([]byte(`{"id":"c","init_process_pid":12,"cgroup_paths":{"freezer":"/sys/fs/cgroup/freezer/c"},"external_descriptors":["/dev/null","pipe:[1]","pipe:[2]"]}`))
-	want := state{runtime: "runc", pid: 12, cgroup: map[string]string{"freezer": "/sys/fs/cgroup/freezer/c"}, descriptors: []string{"/dev/null", "pipe:[1]", "pipe:[2]"}}
+	got, err := runcState([]byte(`{"id":"c","init_process_pid":12,"init_process_start":34,"cgroup_paths":{"freezer":"/sys/fs/cgroup/freezer/c"},"external_descriptors":["/dev/null","pipe:[1]","pipe:[2]"]}`))
+	want := state{runtime: "runc", pid: 12, startTime: 34, cgroup: map[string]string{"freezer": "/sys/fs/cgroup/freezer/c"}, descriptors: []string{"/dev/null", "pipe:[1]", "pipe:[2]"}}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("runcState = %+v, %v; want %+v", got, err, want)
 	}
-	got, err = crunState([]byte(`{"pid":12,"cgroup-path":"/c","external_descriptors":"[\"/dev/null\",\"pipe:[1]\",\"pipe:[2]\"]"}`))
-	want = state{runtime: "crun", pid: 12, cgroup: map[string]string{"freezer": "/sys/fs/cgroup/freezer/c", "": "/sys/fs/cgroup/c"}, descriptors: want.descriptors}
+	got, err = crunState([]byte(`{"pid":12,"process-start-time":34,"cgroup-path":"/c","external_descriptors":"[\"/dev/null\",\"pipe:[1]\",\"pipe:[2]\"]"}`))
+	want = state{runtime: "crun", pid: 12, startTime: 34, cgroup: map[string]string{"freezer": "/sys/fs/cgroup/freezer/c", "": "/sys/fs/cgroup/c"}, descriptors: want.descriptors}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("crunState = %+v, %v; want %+v", got, err, want)
 	}
@@ -194,6 +197,137 @@ func TestStates(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestParsePPid(t *testing.T) {
+	for status, want := range map[string]int{
+		"Name:\ta\\nPPid:\t7\nState:\tS\nPPid:\t12\nTracerPid:\t0\n": 12,
+		"PPid:\t0\n": 0,
+	} {
+		if got, err := parsePPid([]byte(status)); err != nil || got != want {
+			t.Errorf("parsePPid(%q) = %d, %v; want %d", status, got, err, want)
+		}
+	}
+	for _, status := range []string{"", "Name:\ta\n", "PPid:\tx\n"} {
+		if _, err := parsePPid([]byte(status)); err == nil {
+			t.Errorf("parsePPid(%q): no error", status)
+		}
+	}
+}
+
+// write makes files below a directory, by their names.
+func write(t *testing.T, dir string, files map[string]string) {
+	t.Helper()
+	for name, content := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestFindBundleAndState(t *testing.T) {
+	process := Process{Pid: 12, StartTime: 34}
+	const runc = `{"init_process_pid":12,"init_process_start":34}`
+	for _, test := range []struct {
+		name    string
+		files   map[string]string // ROOT in their content is the directory's path
+		runtime string
+		want    string
+		is      error
+	}{
+		{"Docker's", map[string]string{
+			"task/moby/c/config.json": "{}", "task/moby/c/options.json": `{"binary_name":"runc","root":"ROOT/runtime-runc"}`,
+			"runtime-runc/moby/c/state.json": runc,
+		}, "runc", "", nil},
+		{"crun", map[string]string{
+			"task/moby/c/config.json": "{}", "task/moby/c/options.json": `{"root":"ROOT/crun"}`,
+			"crun/moby/c/status": `{"pid":12,"process-start-time":34,"external_descriptors":"[]"}`,
+		}, "crun", "", nil},
+		{"no bundle", nil, "", `it is run by "shim" (process 7), which keeps no bundle for it at ROOT/task/moby/c`, ErrUnsupported},
+		{"no state", map[string]string{
+			"task/moby/c/config.json": "{}", "task/moby/c/options.json": `{"root":"ROOT/none"}`,
+		}, "", `it is run by "shim" (process 7), and in ROOT/none/moby/c there is neither`, ErrUnsupported},
+		{"state in the default root only", map[string]string{"task/moby/c/config.json": "{}", "task/moby/c/options.json": `{}`}, "",
+			"/run/containerd/runc/moby/c", ErrUnsupported},
+		{"no options", map[string]string{"task/moby/c/config.json": "{}"}, "", "/run/containerd/runc/moby/c", ErrUnsupported},
+		{"options that are none", map[string]string{"task/moby/c/config.json": "{}", "task/moby/c/options.json": `[]`}, "",
+			"parse options of the shim in ROOT/task/moby/c/options.json", nil},
+		{"of another container", map[string]string{
+			"task/moby/d/config.json": "{}", "task/moby/d/options.json": `{"root":"ROOT/r"}`, "r/moby/d/state.json": runc,
+		}, "", "no bundle", ErrUnsupported},
+		{"of another namespace", map[string]string{
+			"task/moby/c/config.json": "{}", "task/moby/c/options.json": `{"root":"ROOT/r"}`, "r/k8s.io/c/state.json": runc,
+		}, "", "neither", ErrUnsupported},
+		{"of another process", map[string]string{
+			"task/moby/c/config.json": "{}", "task/moby/c/options.json": `{"root":"ROOT/r"}`,
+			"r/moby/c/state.json": `{"init_process_pid":13,"init_process_start":34}`,
+		}, "", "process 12, which the runtime names, is not the one of which ROOT/r/moby/c/state.json tells", ErrNotRunning},
+		{"of an earlier process with the same pid", map[string]string{
+			"task/moby/c/config.json": "{}", "task/moby/c/options.json": `{"root":"ROOT/r"}`,
+			"r/moby/c/state.json": `{"init_process_pid":12,"init_process_start":33}`,
+		}, "", "not the one", ErrNotRunning},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			root := t.TempDir()
+			for name, content := range test.files {
+				write(t, root, map[string]string{name: strings.ReplaceAll(content, "ROOT", root)})
+			}
+			// The shim works in the bundle of the pod, a neighbour.
+			shim := parent{name: `"shim" (process 7)`, dir: filepath.Join(root, "task/moby/pod")}
+			bundle, err := findBundle("c", shim)
+			var o options
+			if err == nil {
+				o, err = readOptions(bundle)
+			}
+			var got state
+			if err == nil {
+				got, err = findState(o.Root, bundle, process, shim)
+			}
+			checkError(t, err, strings.ReplaceAll(test.want, "ROOT", root), test.is)
+			if got.runtime != test.runtime {
+				t.Errorf("runtime is %q, want %q", got.runtime, test.runtime)
+			}
+		})
+	}
+}
+
+func TestFindParent(t *testing.T) {
+	dir := t.TempDir()
+	// A shim in all but its deeds: what counts of it is its name and its directory.
+	cmd := exec.Command("sh", "-c", "sleep 1000 & echo $!; wait")
+	cmd.Args[0], cmd.Dir = "/opt/kata/bin/containerd-shim-kata-v2", dir
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var child int
+	_, err = fmt.Fscan(out, &child)
+	defer func() {
+		if child > 0 {
+			_ = unix.Kill(child, unix.SIGKILL)
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shim, err := findParent(child)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf(`"containerd-shim-kata-v2" (process %d)`, cmd.Process.Pid); shim.name != want || shim.dir != dir {
+		t.Errorf("got %+v, want %s in %s", shim, want, dir)
+	}
+	_, err = findBundle("c", shim)
+	checkError(t, err, "it is run by "+shim.name, ErrUnsupported)
 }
 
 func TestUpperDir(t *testing.T) {

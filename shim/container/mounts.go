@@ -1,14 +1,12 @@
 package container
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	securejoin "github.com/cyphar/filepath-securejoin"
@@ -113,17 +111,4 @@ func upperDir(root *mountinfo.Info) (string, error) {
 		return dir, nil
 	}
 	return "", nil // an overlay of lower directories alone, which nothing can be written to
-}
-
-func parentPid(pid int) (int, error) {
-	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	for line := range bytes.Lines(content) {
-		if value, ok := bytes.CutPrefix(line, []byte("PPid:")); ok {
-			return strconv.Atoi(string(bytes.TrimSpace(value)))
-		}
-	}
-	return 0, fmt.Errorf("read parent of process %d: no PPid", pid)
 }

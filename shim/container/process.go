@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"syscall"
 
@@ -87,6 +88,50 @@ func (p *Pinned) Verify() error {
 
 // Close lets go of the process.
 func (p *Pinned) Close() { unix.Close(p.pidfd) }
+
+// parent is what a process was started by, and is waited for by.
+type parent struct {
+	name string // for people
+	dir  string // its working directory
+}
+
+// findParent looks at the parent of a process.
+func findParent(pid int) (parent, error) {
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return parent{}, gone(pid, err)
+	}
+	ppid, err := parsePPid(content)
+	if err != nil {
+		return parent{}, fmt.Errorf("parse /proc/%d/status: %w", pid, err)
+	}
+	if ppid == 0 {
+		return parent{}, fmt.Errorf("%w: the parent of its process %d is not to be seen from here: crishim must run in the node's own process namespace",
+			ErrUnsupported, pid)
+	}
+	dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", ppid))
+	if err != nil {
+		return parent{}, gone(ppid, err)
+	}
+	// Not comm, which holds 15 bytes: all shims are called containerd-shim there.
+	args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", ppid))
+	if err != nil {
+		return parent{}, gone(ppid, err)
+	}
+	name, _, _ := bytes.Cut(args, []byte{0})
+	base := filepath.Base(string(name))
+	return parent{name: fmt.Sprintf("%q (process %d)", base[:min(len(base), 64)], ppid), dir: dir}, nil
+}
+
+// parsePPid reads a field of /proc/PID/status. The name, which the process chooses, stands before it, with its newlines escaped.
+func parsePPid(status []byte) (int, error) {
+	for line := range bytes.Lines(status) {
+		if value, ok := bytes.CutPrefix(line, []byte("PPid:")); ok {
+			return strconv.Atoi(string(bytes.TrimSpace(value)))
+		}
+	}
+	return 0, errors.New("no PPid")
+}
 
 func startTime(pid int) (uint64, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))

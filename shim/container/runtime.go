@@ -1,23 +1,19 @@
 package container
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 )
 
-// info is what containerd's verbose ContainerStatus says beyond the CRI.
+// info is what the runtime's verbose ContainerStatus says beyond the CRI: containerd all of it and more, cri-dockerd the pid alone.
 type info struct {
-	Pid            int    `json:"pid"`
-	RuntimeType    string `json:"runtimeType"`
-	RuntimeOptions struct {
-		Root       string `json:"root"`
-		BinaryName string `json:"binary_name"`
-	} `json:"runtimeOptions"`
+	Pid         int    `json:"pid"`
+	RuntimeType string `json:"runtimeType"`
 	RuntimeSpec struct {
 		Linux struct {
 			Resources json.RawMessage `json:"resources"`
@@ -29,7 +25,8 @@ func parseInfo(verbose map[string]string) (info, error) {
 	var i info
 	text, ok := verbose["info"]
 	if !ok {
-		return i, fmt.Errorf("%w: the runtime's verbose ContainerStatus has no \"info\", where containerd gives the pid", ErrUnsupported)
+		return i, fmt.Errorf("%w: the runtime's verbose ContainerStatus has no \"info\", where containerd and cri-dockerd give the pid: "+
+			"upgrade the runtime, or its CRI server", ErrUnsupported)
 	}
 	if err := json.Unmarshal([]byte(text), &i); err != nil {
 		return i, fmt.Errorf("parse verbose container status: %w", err)
@@ -43,90 +40,108 @@ func parseInfo(verbose map[string]string) (info, error) {
 	return i, nil
 }
 
-const taskDir = "/run/containerd/io.containerd.runtime.v2.task/k8s.io"
+// findBundle finds the directory with the container's config.json. Its place depends on whose containerd it is and how that was
+// configured, which the CRI does not tell. But the parent of every init is a containerd shim, for pods and for Docker's containers
+// alike, and it works in a bundle: the container's own, or that of the pod. All bundles of a containerd namespace are neighbours.
+func findBundle(id string, shim parent) (string, error) {
+	bundle := filepath.Join(filepath.Dir(shim.dir), id)
+	_, err := os.Stat(filepath.Join(bundle, "config.json"))
+	if errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("%w: it is run by %s, which keeps no bundle for it at %s; "+
+			"CRIU can only dump what a containerd shim has runc or crun run on this kernel", ErrUnsupported, shim.name, bundle)
+	}
+	if err != nil {
+		return "", fmt.Errorf("look at bundle: %w", err)
+	}
+	return bundle, nil
+}
 
-// findBundle finds the directory with the container's config.json. Its place depends on containerd's state directory, which
-// the CRI does not tell; but containerd's shim, the parent of every init, works in the bundle of the pod, its neighbour.
-func findBundle(id string, i info) (string, error) {
-	var candidates []string
-	if parent, err := parentPid(i.Pid); err == nil {
-		if cwd, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", parent)); err == nil && cwd != "/" {
-			candidates = append(candidates, filepath.Join(filepath.Dir(cwd), id))
-		}
+// options are the shim's, as it writes them into the bundle.
+type options struct {
+	// Root is where the OCI runtime keeps its states. Docker has one for each of its runtimes.
+	Root string `json:"root"`
+	// BinaryName is the OCI runtime's path or name.
+	BinaryName string `json:"binary_name"`
+}
+
+// readOptions reads the options, with the shim's own choice for what they leave open.
+func readOptions(bundle string) (options, error) {
+	path := filepath.Join(bundle, "options.json")
+	content, err := readBounded(path)
+	if errors.Is(err, os.ErrNotExist) {
+		content = []byte("{}")
+	} else if err != nil {
+		return options{}, fmt.Errorf("read options of the shim: %w", err)
 	}
-	candidates = append(candidates, filepath.Join(taskDir, id))
-	for _, bundle := range candidates {
-		if _, err := os.Stat(filepath.Join(bundle, "config.json")); err == nil {
-			return bundle, nil
-		}
+	var o options
+	if err := json.Unmarshal(content, &o); err != nil {
+		return options{}, fmt.Errorf("parse options of the shim in %s: %w", path, err)
 	}
-	return "", fmt.Errorf("%w: no bundle with a config.json was found, neither beside the one of its pod nor at the usual place: looked in %s",
-		ErrUnsupported, strings.Join(candidates, " and "))
+	o.Root, o.BinaryName = cmp.Or(o.Root, "/run/containerd/runc"), cmp.Or(o.BinaryName, "runc")
+	return o, nil
 }
 
 // state is what the OCI runtime keeps about a container.
 type state struct {
 	runtime     string
 	pid         int
+	startTime   uint64            // as in Process
 	cgroup      map[string]string // directory by controller, "" for the unified hierarchy; or, with crun, see findFreezer
 	descriptors []string
 }
 
 // findState finds the runtime's own state, and by its form which runtime it is: runc keeps one file, state.json; crun keeps
 // status, and a copy of the spec. The runtime's name says nothing: it may be a link or a wrapper.
-func findState(id, bundle string, i info) (state, error) {
-	// containerd puts its namespace between the runtime's root and the id, as it does with bundles.
-	namespace := filepath.Base(filepath.Dir(bundle))
-	var roots []string
-	if i.RuntimeOptions.Root != "" {
-		roots = append(roots, i.RuntimeOptions.Root)
-	}
-	roots = append(roots, "/run/containerd/runc")
-	var looked []string
-	for _, root := range roots {
-		dir := filepath.Join(root, namespace, id)
-		for file, read := range map[string]func([]byte) (state, error){"state.json": runcState, "status": crunState} {
-			path := filepath.Join(dir, file)
-			content, err := readBounded(path)
-			if errors.Is(err, os.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				return state{}, fmt.Errorf("read runtime state: %w", err)
-			}
-			s, err := read(content)
-			if err != nil {
-				return state{}, fmt.Errorf("parse runtime state %s: %w", path, err)
-			}
-			return s, nil
+func findState(root, bundle string, process Process, shim parent) (state, error) {
+	// The shim puts containerd's namespace between the runtime's root and the id, as containerd does with bundles.
+	dir := filepath.Join(root, filepath.Base(filepath.Dir(bundle)), filepath.Base(bundle))
+	for file, read := range map[string]func([]byte) (state, error){"state.json": runcState, "status": crunState} {
+		path := filepath.Join(dir, file)
+		content, err := readBounded(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
 		}
-		looked = append(looked, dir)
+		if err != nil {
+			return state{}, fmt.Errorf("read runtime state: %w", err)
+		}
+		s, err := read(content)
+		if err != nil {
+			return state{}, fmt.Errorf("parse runtime state %s: %w", path, err)
+		}
+		if s.pid != process.Pid || s.startTime != process.StartTime {
+			return state{}, fmt.Errorf("%w: process %d, which the runtime names, is not the one of which %s tells: has it just been restarted?",
+				ErrNotRunning, process.Pid, path)
+		}
+		return s, nil
 	}
-	return state{}, fmt.Errorf("%w: neither runc's state.json nor crun's status was found in %s", ErrUnsupported, strings.Join(looked, " and "))
+	return state{}, fmt.Errorf("%w: it is run by %s, and in %s there is neither runc's state.json nor crun's status; "+
+		"CRIU can only dump what runc or crun run on this kernel", ErrUnsupported, shim.name, dir)
 }
 
 func runcState(content []byte) (state, error) {
 	var s struct {
 		Pid         int               `json:"init_process_pid"`
+		StartTime   uint64            `json:"init_process_start"`
 		CgroupPaths map[string]string `json:"cgroup_paths"`
 		Descriptors []string          `json:"external_descriptors"`
 	}
 	if err := json.Unmarshal(content, &s); err != nil {
 		return state{}, err
 	}
-	return state{runtime: "runc", pid: s.Pid, cgroup: s.CgroupPaths, descriptors: s.Descriptors}, nil
+	return state{runtime: "runc", pid: s.Pid, startTime: s.StartTime, cgroup: s.CgroupPaths, descriptors: s.Descriptors}, nil
 }
 
 func crunState(content []byte) (state, error) {
 	var s struct {
 		Pid         int    `json:"pid"`
+		StartTime   uint64 `json:"process-start-time"`
 		CgroupPath  string `json:"cgroup-path"`
 		Descriptors string `json:"external_descriptors"` // JSON in a string
 	}
 	if err := json.Unmarshal(content, &s); err != nil {
 		return state{}, err
 	}
-	result := state{runtime: "crun", pid: s.Pid}
+	result := state{runtime: "crun", pid: s.Pid, startTime: s.StartTime}
 	if s.CgroupPath != "" {
 		// crun keeps one path for all hierarchies, below wherever each is mounted.
 		result.cgroup = map[string]string{
