@@ -157,6 +157,10 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for one of %d checkpoints at once on this node to end: %w", parallel, context.Cause(ctx))
 	}
+	// Not before: a checkpoint in flight freezes the container, too.
+	if err := c.VerifyRunning(); err != nil {
+		return nil, err
+	}
 	job, err := newJob(request.GetLocation(), features.Path, c, s.imageID(ctx, c), s.origin(ctx, features, c))
 	if err != nil {
 		return nil, err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -43,6 +44,27 @@ func findFreezer(pid int, fromState map[string]string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("%w: no cgroup of it with a freezer was found: looked for %s in %q", ErrUnsupported, control, candidates)
+}
+
+// frozen says whether all tasks of a cgroup are stopped, or are being stopped, by its freezer or by that of a cgroup above it.
+func frozen(dir string) (bool, error) {
+	state, err := os.ReadFile(filepath.Join(dir, "freezer.state"))
+	if err == nil {
+		return strings.TrimSpace(string(state)) != "THAWED", nil
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		return false, fmt.Errorf("read freezer: %w", err)
+	}
+	// cgroup v2: what is asked of this cgroup, and what has become of it and those above it.
+	freeze, err := os.ReadFile(filepath.Join(dir, "cgroup.freeze"))
+	if err != nil {
+		return false, fmt.Errorf("read freezer: %w", err)
+	}
+	events, err := os.ReadFile(filepath.Join(dir, "cgroup.events"))
+	if err != nil {
+		return false, fmt.Errorf("read freezer: %w", err)
+	}
+	return strings.TrimSpace(string(freeze)) == "1" || slices.Contains(strings.Split(string(events), "\n"), "frozen 1"), nil
 }
 
 // cgroupPath picks a hierarchy's path from the content of /proc/PID/cgroup; the controller "" is the unified hierarchy's.

@@ -138,6 +138,20 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 	return c, nil
 }
 
+// VerifyRunning says whether the container still runs: whether its process is the one that was described, and nobody has paused it.
+// A checkpoint freezes the container just as a pause does, so this is worth something only while none can be in flight.
+func (c *Container) VerifyRunning() error {
+	paused, err := frozen(c.Freezer)
+	if errors.Is(err, os.ErrNotExist) || err == nil && !paused {
+		return c.Process.Verify() // where its cgroup is gone, so is the process
+	}
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: %s (%s) is paused: unpause it first (its cgroup %s is frozen); only a running container can be checkpointed",
+		ErrNotRunning, c.Status.GetMetadata().GetName(), short(c.Status.GetId()), c.Freezer)
+}
+
 func notRunning(s *runtimeapi.ContainerStatus) error {
 	state := map[runtimeapi.ContainerState]string{
 		runtimeapi.ContainerState_CONTAINER_CREATED: "created, but not started yet",

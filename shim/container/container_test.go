@@ -330,6 +330,30 @@ func TestFindParent(t *testing.T) {
 	checkError(t, err, "it is run by "+shim.name, ErrUnsupported)
 }
 
+func TestFrozen(t *testing.T) {
+	for name, test := range map[string]struct {
+		files map[string]string
+		want  bool
+	}{
+		"v1, thawed":                   {map[string]string{"freezer.state": "THAWED\n"}, false},
+		"v1, frozen":                   {map[string]string{"freezer.state": "FROZEN\n"}, true},
+		"v1, being frozen":             {map[string]string{"freezer.state": "FREEZING\n"}, true},
+		"v2, thawed":                   {map[string]string{"cgroup.freeze": "0\n", "cgroup.events": "populated 1\nfrozen 0\n"}, false},
+		"v2, frozen":                   {map[string]string{"cgroup.freeze": "1\n", "cgroup.events": "populated 1\nfrozen 1\n"}, true},
+		"v2, being frozen":             {map[string]string{"cgroup.freeze": "1\n", "cgroup.events": "populated 1\nfrozen 0\n"}, true},
+		"v2, frozen by a cgroup above": {map[string]string{"cgroup.freeze": "0\n", "cgroup.events": "populated 1\nfrozen 1\n"}, true},
+	} {
+		dir := t.TempDir()
+		write(t, dir, test.files)
+		if got, err := frozen(dir); err != nil || got != test.want {
+			t.Errorf("%s: frozen = %t, %v; want %t", name, got, err, test.want)
+		}
+	}
+	if _, err := frozen(t.TempDir()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a cgroup that is gone: error is %v, want ErrNotExist", err)
+	}
+}
+
 func TestUpperDir(t *testing.T) {
 	upper := t.TempDir()
 	tests := []struct {

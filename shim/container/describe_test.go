@@ -3,6 +3,7 @@ package container_test
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -133,6 +134,44 @@ func TestDescribeSharedNamespaces(t *testing.T) {
 	}
 	if c.Shm {
 		t.Error("the node's own /dev/shm is taken for the pod's")
+	}
+}
+
+// The CRI knows no paused containers: to it they run.
+func TestPaused(t *testing.T) {
+	for _, handler := range []string{"runc", "crun"} {
+		t.Run(handler, func(t *testing.T) {
+			client := node.Containerd(t)
+			running := client.Run(t, node.Spec{Handler: handler})
+			c, err := container.Describe(t.Context(), client.Runtime, running.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.VerifyRunning(); err != nil {
+				t.Errorf("a running container: %v", err)
+			}
+			task := func(verb string) {
+				t.Helper()
+				if out, err := exec.Command("ctr", "-n", "k8s.io", "task", verb, running.ID).CombinedOutput(); err != nil {
+					t.Fatalf("%s: %v: %s", verb, err, out)
+				}
+			}
+			task("pause")
+			err = c.VerifyRunning()
+			task("resume")
+			if !errors.Is(err, container.ErrNotRunning) || !strings.Contains(err.Error(), "is paused: unpause it first") {
+				t.Errorf("a paused container gives %v, want ErrNotRunning and what to do", err)
+			}
+			if err := c.VerifyRunning(); err != nil {
+				t.Errorf("a container that goes on: %v", err)
+			}
+			if err := running.Remove(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.VerifyRunning(); !errors.Is(err, container.ErrNotRunning) {
+				t.Errorf("a container that is gone gives %v, want ErrNotRunning", err)
+			}
+		})
 	}
 }
 
