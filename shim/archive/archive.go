@@ -25,7 +25,7 @@ const (
 	StatsDump    = "stats-dump"            // CRIU's statistics
 	RootfsDiff   = "rootfs-diff.tar"       // changes to the root file system
 	DevShm       = "devshm-checkpoint.tar" // content of /dev/shm
-	ContainerLog = "container.log"         // the container's log, as containerd names it
+	ContainerLog = "container.log"         // the container's log in the CRI's format, as containerd names it
 	ImagesDir    = "checkpoint"            // the directory of CRIU's images
 )
 

@@ -35,7 +35,7 @@ func newJob(location, criu string, c *container.Container, imageID string, origi
 			ExternalMounts: c.ExternalMounts,
 			MaskedFiles:    c.MaskedFiles,
 			Descriptors:    c.Descriptors,
-			Log:            c.Status.GetLogPath(),
+			Log:            c.Log,
 			Shm:            c.Shm,
 		},
 	}

@@ -247,11 +247,8 @@ func (c *capture) copyLog() error {
 		return nil
 	}
 	err := c.member(archive.ContainerLog, func(w io.Writer) error {
-		_, err := io.CopyN(w, c.log, c.logSize)
-		if errors.Is(err, io.EOF) {
-			return nil // somebody has cut it off since; what is left is what there is
-		}
-		return err
+		// Somebody may have cut it off since; what is left is what there is.
+		return writeLog(w, io.LimitReader(c.log, c.logSize))
 	})
 	if err != nil {
 		return fmt.Errorf("copy log: %w", err)

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -58,6 +59,8 @@ type Container struct {
 	Descriptors []string
 	// Shm says whether /dev/shm is the pod's, and so not in CRIU's images.
 	Shm bool
+	// Log is the container's log, a regular file unless somebody has replaced it since; empty where it has none.
+	Log string
 }
 
 // Namespace is a namespace that the container was put into.
@@ -131,6 +134,9 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 	if c.Freezer, err = findFreezer(info.Pid, state.cgroup); err != nil {
 		return nil, err
 	}
+	if c.Log, err = findLog(c.Status.GetLogPath(), c.Status.GetId(), c.Rootfs); err != nil {
+		return nil, err
+	}
 	// Everything above was read by pid; only now is it known to have been of one process.
 	if err := c.Process.Verify(); err != nil {
 		return nil, err
@@ -165,6 +171,37 @@ func notRunning(s *runtimeapi.ContainerStatus) error {
 }
 
 func short(id string) string { return id[:min(len(id), 12)] }
+
+// findLog returns the log file itself. The runtime gives its path, but a pod that may write to the node's log directory can put a
+// link there, to any file of the node. One link is followed: Docker does not write where the CRI wants it, so its CRI server links to
+// the file in Docker's own directory, and that file's name follows from the root file system's.
+func findLog(path, id, rootfs string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	target, err := os.Readlink(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
+	}
+	if errors.Is(err, unix.EINVAL) {
+		return path, nil // no link
+	}
+	if err != nil {
+		return "", fmt.Errorf("look at log: %w", err)
+	}
+	if target != dockerLog(id, rootfs) {
+		return "", fmt.Errorf("%w: its log %s is a link to %.128q, and not to Docker's own log of this container: "+
+			"find out who has put it there, and remove it", ErrUnsupported, path, target)
+	}
+	return target, nil
+}
+
+// dockerLog is where Docker's log driver json-file writes, in the directory of the daemon that also has the mounted root file systems,
+// as overlay2/NAME/merged or, with containerd's snapshotters, as rootfs/overlayfs/ID.
+func dockerLog(id, rootfs string) string {
+	root := filepath.Dir(filepath.Dir(filepath.Dir(rootfs)))
+	return filepath.Join(root, "containers", id, id+"-json.log")
+}
 
 func sharedNamespaces(pid int, namespaces []specs.LinuxNamespace) ([]Namespace, error) {
 	files := map[specs.LinuxNamespaceType]string{specs.NetworkNamespace: "net", specs.PIDNamespace: "pid"}

@@ -330,6 +330,53 @@ func TestFindParent(t *testing.T) {
 	checkError(t, err, "it is run by "+shim.name, ErrUnsupported)
 }
 
+func TestFindLog(t *testing.T) {
+	root := t.TempDir()
+	write(t, root, map[string]string{
+		"docker/containers/c/c-json.log": "{}", "docker/containers/d/d-json.log": "{}", "docker/containers/c/config.v2.json": "{}",
+		"pods/regular.log": "", "shadow": "",
+	})
+	rootfs := filepath.Join(root, "docker/overlay2/name/merged")
+	own := filepath.Join(root, "docker/containers/c/c-json.log")
+	for _, test := range []struct{ name, target, want, err string }{
+		{"regular", "", filepath.Join(root, "pods/regular.log"), ""},
+		{"own", own, own, ""},
+		{"anywhere", filepath.Join(root, "shadow"), "", "shadow"},
+		{"relative", "../docker/containers/c/c-json.log", "", `a link to "../docker`},
+		{"other", filepath.Join(root, "docker/containers/d/d-json.log"), "", "d-json.log"},
+		{"config", filepath.Join(root, "docker/containers/c/config.v2.json"), "", "config.v2.json"},
+		{"dots", filepath.Join(root, "docker/containers/c/") + "/../c/c-json.log", "", "/../c/"},
+		{"newline", "a\nb", "", `"a\nb"`},
+		{"long", strings.Repeat("x", 4000), "", strings.Repeat("x", 128) + `", and not`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			path := filepath.Join(root, "pods", test.name+".log")
+			if test.target != "" {
+				if err := os.Symlink(test.target, path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			got, err := findLog(path, "c", rootfs)
+			checkError(t, err, test.err, nil)
+			if got != test.want {
+				t.Errorf("log is %q, want %q", got, test.want)
+			}
+			if err != nil && (!errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), path)) {
+				t.Errorf("error %v is not ErrUnsupported or does not name %s", err, path)
+			}
+		})
+	}
+	for _, path := range []string{"", filepath.Join(root, "pods/none.log")} {
+		if got, err := findLog(path, "c", rootfs); got != "" || err != nil {
+			t.Errorf("findLog(%q) = %q, %v", path, got, err)
+		}
+	}
+	// As Docker has it with containerd's snapshotters.
+	if got := dockerLog("c", "/var/lib/docker/rootfs/overlayfs/c"); got != "/var/lib/docker/containers/c/c-json.log" {
+		t.Errorf("dockerLog gives %s", got)
+	}
+}
+
 func TestFrozen(t *testing.T) {
 	for name, test := range map[string]struct {
 		files map[string]string

@@ -69,8 +69,8 @@ func TestDescribe(t *testing.T) {
 			if c.Runtime != handler {
 				t.Errorf("runtime is %s, want %s", c.Runtime, handler)
 			}
-			if c.Status.GetLogPath() != running.LogPath {
-				t.Errorf("log is %s, want %s", c.Status.GetLogPath(), running.LogPath)
+			if c.Log != running.LogPath {
+				t.Errorf("log is %s, want %s", c.Log, running.LogPath)
 			}
 			if c.Status.GetAnnotations()["example.org/a"] != "b" {
 				t.Errorf("annotations are %v", c.Status.GetAnnotations())
