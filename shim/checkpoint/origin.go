@@ -79,11 +79,14 @@ var hexID = regexp.MustCompile(`^(?:sha256:)?([0-9a-f]{64})$`)
 // imageID asks the runtime which image a container's is, since a status has its name or its digest only. It is empty where the
 // runtime does not tell: only a restore by podman needs it.
 func (s *Service) imageID(ctx context.Context, c *container.Container) string {
-	answer, err := s.config.Images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{
-		Image: &runtimeapi.ImageSpec{Image: c.Status.GetImageRef()},
-	})
+	image := c.Status.GetImageRef()
+	// cri-dockerd puts docker:// or docker-pullable:// before what it is asked by.
+	if _, bare, ok := strings.Cut(image, "://"); ok {
+		image = bare
+	}
+	answer, err := s.config.Images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	if err != nil {
-		s.config.Log.Debugf("archive goes without the id of image %s: %v", c.Status.GetImageRef(), err)
+		s.config.Log.Debugf("archive goes without the id of image %s: %v", image, err)
 		return ""
 	}
 	match := hexID.FindStringSubmatch(answer.GetImage().GetId())

@@ -265,6 +265,9 @@ func checkMetadata(t *testing.T, got map[string][]byte, original *node.Container
 		!strings.HasPrefix(config.RootfsImageRef, "docker-pullable://127.0.0.1:5000/workload@sha256:") {
 		t.Errorf("config.dump is %+v", config)
 	}
+	if !regexp.MustCompile("^[0-9a-f]{64}$").MatchString(config.RootfsImageID) {
+		t.Errorf("the image's id is %q", config.RootfsImageID)
+	}
 	var status cri.ContainerStatus
 	if err := json.Unmarshal(got[archive.StatusDump], &status); err != nil {
 		t.Fatal(err)

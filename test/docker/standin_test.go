@@ -154,7 +154,10 @@ func (s *standIn) PullImage(ctx context.Context, r *cri.PullImageRequest) (*cri.
 	if err := s.call(ctx, http.MethodGet, "/images/"+name+"/json", nil, &image); err != nil {
 		return nil, err
 	}
-	return &cri.PullImageResponse{ImageRef: image.ID}, nil
+	if len(image.RepoDigests) == 0 {
+		return nil, fmt.Errorf("pull %s: it has no digest", name)
+	}
+	return &cri.PullImageResponse{ImageRef: image.RepoDigests[0]}, nil
 }
 
 func (s *standIn) RunPodSandbox(ctx context.Context, r *cri.RunPodSandboxRequest) (*cri.RunPodSandboxResponse, error) {
