@@ -50,7 +50,7 @@ func establishedConnection(t *testing.T, network runtimeapi.NamespaceMode) {
 		{"without nftables", criuWithoutNftables(t), []string{"nft"}, "-j DROP"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: test.criu, Log: testLog(t)})
+			service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: test.criu, Log: testLog(t)})
 			defer service.Drain(context.Background())
 			hide(t, test.hidden...)
 			path := location(t)
@@ -91,7 +91,7 @@ func establishedConnection(t *testing.T, network runtimeapi.NamespaceMode) {
 		})
 	}
 	t.Run("without either", func(t *testing.T) {
-		service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: criuWithoutNftables(t), Log: testLog(t)})
+		service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: criuWithoutNftables(t), Log: testLog(t)})
 		defer service.Drain(context.Background())
 		hide(t, iptables...)
 		path := location(t)
@@ -116,7 +116,7 @@ func TestAConnectionThatComesLast(t *testing.T) {
 	dir := t.TempDir()
 	started, may := filepath.Join(dir, "started"), filepath.Join(dir, "may")
 	criu := standIn(t, "swrk*) touch "+started+"; until [ -e "+may+" ]; do sleep 0.01; done ;;")
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Criu: criu, Log: testLog(t)})
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: criu, Log: testLog(t)})
 	defer service.Drain(context.Background())
 	path := location(t)
 	result := make(chan error, 1)
