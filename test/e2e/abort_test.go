@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -19,27 +20,42 @@ import (
 	"crishim/test/node"
 )
 
-// dumping waits until criu writes memory to a staging directory.
-func dumping(t *testing.T, n *node.Node, dir string) {
+// hold makes a checkpoint in the background, and holds its dump in the middle until the test releases it, or ends. A dump that was
+// over before that is made once more.
+func hold(t *testing.T, n *node.Node, dir string, checkpoint func() error) (held *node.HeldDump, ended <-chan error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if err := node.WaitDump(ctx, n.Path(dir)); err != nil {
-		t.Fatal(err)
+	for range 5 {
+		ctx, cancel := context.WithCancel(t.Context())
+		result := make(chan error, 1)
+		go func() {
+			defer cancel()
+			result <- checkpoint()
+		}()
+		held, err := node.HoldDump(ctx, n.Path(dir))
+		if err == nil {
+			t.Cleanup(held.Release)
+			return held, result
+		}
+		if failed := <-result; failed != nil {
+			t.Fatal(errors.Join(err, failed))
+		}
+		if err := os.RemoveAll(n.Path(archived)); err != nil {
+			t.Fatal(err)
+		}
 	}
+	t.Fatal("each dump was over before it could be held")
+	return nil, nil
 }
 
-// hold does the same and keeps it there until the test releases it, or ends.
-func hold(t *testing.T, n *node.Node, dir string) *node.HeldDump {
+// rollBack waits until crishim has told a held dump to roll back, and lets it.
+func rollBack(t *testing.T, held *node.HeldDump) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	held, err := node.HoldDump(ctx, n.Path(dir))
-	if err != nil {
-		t.Fatal(err)
+	for deadline := time.Now().Add(time.Minute); !held.Aborted(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("criu is not told to roll back")
+		}
 	}
-	t.Cleanup(held.Release)
-	return held
+	held.Release()
 }
 
 // unharmed fails the test unless, within 5 s, all of a node's workloads run untraced and thawed, no criu and no helper is left, and
@@ -154,13 +170,12 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 	t.Run("the kubelet's client hangs up", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		ended := make(chan error, 1)
-		go func() {
+		held, ended := hold(t, n, checkpoints, func() error {
 			_, err := k.Checkpoint(ctx, pod, "large", 0)
-			ended <- err
-		}()
-		dumping(t, n, checkpoints)
+			return err
+		})
 		cancel()
+		rollBack(t, held)
 		if err := <-ended; err == nil {
 			t.Error("the checkpoint succeeded, although its client had hung up")
 		}
@@ -189,13 +204,12 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 		unharmed(t, n, checkpoints, output)
 	})
 	t.Run("crishim is killed", func(t *testing.T) {
-		ended := make(chan error, 1)
-		go func() {
+		held, ended := hold(t, n, checkpoints, func() error {
 			_, err := k.Checkpoint(t.Context(), pod, "large", 0)
-			ended <- err
-		}()
-		dumping(t, n, checkpoints)
+			return err
+		})
 		n.Daemon("crishim").Kill()
+		rollBack(t, held)
 		unharmed(t, n, checkpoints, output)
 		if err := <-ended; err == nil {
 			t.Error("the checkpoint succeeded, although crishim was dead")
@@ -229,14 +243,13 @@ func dial(t *testing.T, n *node.Node) *node.Client {
 	return client
 }
 
-// checkpoint asks for a checkpoint in the background.
-func checkpoint(t *testing.T, client *node.Client, id string) (ended <-chan error) {
-	result := make(chan error, 1)
-	go func() {
-		_, err := client.Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: id, Location: "/data/checkpoint.tar"})
-		result <- err
-	}()
-	return result
+// archived is where take puts its archive.
+const archived = "/data/checkpoint.tar"
+
+// take makes a checkpoint at archived, where nothing is yet.
+func take(t *testing.T, client *node.Client, id string) error {
+	_, err := client.Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: id, Location: archived})
+	return err
 }
 
 // calls makes a Version call every 100 ms until stop is called, which returns the longest time without an answer.
@@ -301,9 +314,8 @@ func TestRestartDuringADumpLeavesNoGap(t *testing.T) {
 				t.Fatal(err)
 			}
 			node.WaitCount(t, 0, c.Log)
-			ended := checkpoint(t, client, c.ID)
 			stop := calls(t, n)
-			held := hold(t, n, "/data")
+			held, ended := hold(t, n, "/data", func() error { return take(t, client, c.ID) })
 			crishim := n.Daemon("crishim")
 			if err := crishim.Signal(unix.SIGTERM); err != nil {
 				t.Fatal(err)
@@ -334,7 +346,7 @@ func TestRestartDuringADumpLeavesNoGap(t *testing.T) {
 			if got := listing(t, n, "/data"); got != test.left {
 				t.Errorf("the directory holds\n%s", got)
 			}
-			if err := os.RemoveAll(n.Path("/data/checkpoint.tar")); err != nil {
+			if err := os.RemoveAll(n.Path(archived)); err != nil {
 				t.Error(err)
 			}
 			unharmed(t, n, "/data", c.Log)
@@ -345,16 +357,16 @@ func TestRestartDuringADumpLeavesNoGap(t *testing.T) {
 func TestContainerdIsKilled(t *testing.T) {
 	n, _ := start(t, node.Options{})
 	client := dial(t, n)
-	c, err := client.RunContainer(t.Context(), node.Spec{Command: []string{"/bin/workload", "memory", "512"}})
+	c, err := client.RunContainer(t.Context(), node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	node.WaitCount(t, 0, c.Log)
 
 	t.Run("during a checkpoint, which goes on", func(t *testing.T) {
-		ended := checkpoint(t, client, c.ID)
-		dumping(t, n, "/data")
+		held, ended := hold(t, n, "/data", func() error { return take(t, client, c.ID) })
 		n.Daemon("containerd").Kill()
+		held.Release()
 		if err := <-ended; err != nil {
 			t.Errorf("the checkpoint failed: %v", err)
 		}

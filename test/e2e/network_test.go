@@ -19,14 +19,6 @@ import (
 	"crishim/test/restore"
 )
 
-const archived = "/data/checkpoint.tar"
-
-// take makes a checkpoint at archived, which does not exist yet.
-func take(t *testing.T, client *node.Client, c *node.Container) error {
-	_, err := client.Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: archived})
-	return err
-}
-
 func runContainer(t *testing.T, client *node.Client, spec node.Spec) *node.Container {
 	t.Helper()
 	c, err := client.RunContainer(t.Context(), spec)
@@ -105,7 +97,7 @@ func TestConnectionsSurvive(t *testing.T) {
 	t.Run("UDP, and TCP that is listened to", func(t *testing.T) {
 		udp := connect(t, "udp", at)
 		stop := exchangeOn(udp)
-		if err := take(t, client, server); err != nil {
+		if err := take(t, client, server.ID); err != nil {
 			t.Fatal(err)
 		}
 		defer os.Remove(n.Path(archived))
@@ -120,7 +112,7 @@ func TestConnectionsSurvive(t *testing.T) {
 	t.Run("TCP from outside", func(t *testing.T) {
 		conn := connect(t, "tcp", at)
 		stop := exchangeOn(conn)
-		if err := take(t, client, server); err != nil {
+		if err := take(t, client, server.ID); err != nil {
 			t.Fatal(err)
 		}
 		defer os.Remove(n.Path(archived))
@@ -153,7 +145,7 @@ func TestConnectionsSurvive(t *testing.T) {
 			served <- err
 		}()
 		dialler := runContainer(t, client, node.Spec{Name: "dialler", Command: []string{"/bin/workload", "net", "dial", listener.Addr().String()}})
-		if err := take(t, client, dialler); err != nil {
+		if err := take(t, client, dialler.ID); err != nil {
 			t.Fatal(err)
 		}
 		defer os.Remove(n.Path(archived))
@@ -172,7 +164,7 @@ func TestConnectionsSurvive(t *testing.T) {
 		conn := connect(t, "tcp", address(t, client, late)+":8080")
 		ended := make(chan error, 1)
 		go func() { ended <- exchange(conn, "early") }()
-		if err := take(t, client, late); err != nil {
+		if err := take(t, client, late.ID); err != nil {
 			t.Fatal(err)
 		}
 		defer os.Remove(n.Path(archived))
@@ -217,7 +209,7 @@ func serverUnderConnections(t *testing.T, handler string, options node.Options) 
 		if err := os.RemoveAll(n.Path(archived)); err != nil {
 			t.Fatal(err)
 		}
-		if err := take(t, client, server); err != nil {
+		if err := take(t, client, server.ID); err != nil {
 			t.Fatalf("checkpoint %d: %v", i+1, err)
 		}
 		if streams(t, n.Path(archived)) > 0 {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -79,17 +80,23 @@ func waitDump(ctx context.Context, dir string) (pid int, err error) {
 	}
 }
 
-// writer is the criu that has a file open, 0 where there is none.
+// writer is the criu that has a file open, 0 where there is none. It looks at the youngest processes first: a dump does not wait.
 func writer(file os.FileInfo) (pid int) {
-	names, _ := filepath.Glob("/proc/[0-9]*/comm") // the pattern is well-formed
-	for _, name := range names {
-		if comm, err := os.ReadFile(name); err != nil || string(comm) != "criu\n" {
+	entries, _ := os.ReadDir("/proc") // what is missing is not there any more
+	var pids []int
+	for _, entry := range entries {
+		if pid, err := strconv.Atoi(entry.Name()); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	slices.Sort(pids)
+	for _, pid := range slices.Backward(pids) {
+		if comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err != nil || string(comm) != "criu\n" {
 			continue
 		}
-		descriptors, _ := filepath.Glob(filepath.Dir(name) + "/fd/*")
+		descriptors, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid)) // the pattern is well-formed
 		for _, descriptor := range descriptors {
 			if info, err := os.Stat(descriptor); err == nil && os.SameFile(info, file) {
-				pid, _ = strconv.Atoi(filepath.Base(filepath.Dir(name))) // digits
 				return pid
 			}
 		}
