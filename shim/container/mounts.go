@@ -65,13 +65,24 @@ func (c *Container) describeMounts(spec *specs.Spec) error {
 		}
 	}
 	for _, masked := range spec.Linux.MaskedPaths {
-		// A masked directory is an empty tmpfs, which CRIU dumps as such; a masked file is /dev/null, from outside.
-		if m := mounts[masked]; m != nil && path.Base(m.Root) == "null" {
+		m := mounts[masked]
+		if m == nil {
+			continue
+		}
+		switch path.Base(m.Root) {
+		case "null": // a file
 			c.MaskedFiles = append(c.MaskedFiles, masked)
+		case sharedEmptyDirectory:
+			c.ExternalMounts = append(c.ExternalMounts, masked)
+		default: // a tmpfs of its own, which CRIU dumps as such
 		}
 	}
 	return nil
 }
+
+// sharedEmptyDirectory is what crun since 1.24 mounts over masked directories: one of this name below its --root, for all of them.
+// When it restores, it finds each again by the path that was masked.
+const sharedEmptyDirectory = ".empty-directory"
 
 func hasPrivateCgroup(namespaces []specs.LinuxNamespace) bool {
 	return slices.ContainsFunc(namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.CgroupNamespace })

@@ -40,7 +40,7 @@ const (
 // packages are those that a root has beyond Containerd17, after the suite that they come from.
 func (r Root) packages() []string {
 	return map[Root][]string{
-		Containerd2: {"forky", "containerd", "runc"},
+		Containerd2: {"forky", "containerd", "runc", "crun"},
 		Podman:      {"trixie", "podman"},
 		Docker:      {"trixie", "docker.io"},
 

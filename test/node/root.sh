@@ -52,6 +52,9 @@ inside apt-get install -y -qq containerd runc crun containernetworking-plugins \
 	iptables nftables iproute2 busybox-static procps
 # crun loads libcriu2 for its own checkpoints and restores.
 inside apt-get install -y -qq -t "$criu_suite" criu libcriu2
+# This suite's own, which shows what an older one says, is put aside; libnet1 is what it needs beyond.
+inside apt-get install -y -qq libnet1
+inside sh -c "cd /tmp && apt-get download -qq criu/$suite && dpkg-deb -x criu_*.deb /opt/criu-$suite && rm criu_*.deb"
 inside apt-get clean
 inside criu --version
 umount -R "$root/dev" "$root/proc"
