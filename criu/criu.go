@@ -57,9 +57,13 @@ type Container struct {
 // Dump is one dump. The directories belong to the caller, are empty at the start and private to root.
 type Dump struct {
 	Criu      string // absolute path of the binary
+	Version   int    // of the binary, as in Features
 	Container Container
-	Images    *os.File // directory for CRIU's images
-	Work      *os.File // directory for dump.log and stats-dump
+	// Captured are those of the container's external mounts whose content PostDump takes. Where CRIU has to add a name to a file for
+	// the length of the dump, it must be in one of them or on the root file system.
+	Captured []string
+	Images   *os.File // directory for CRIU's images
+	Work     *os.File // directory for dump.log and stats-dump
 	// PostDump is called once, when all images are written and the tasks are still stopped. An error from it fails the
 	// dump. It runs in a goroutine of its own: when ctx ends before it has returned, as it may where a disk has stalled, the
 	// tasks go on at once, and Run waits for it after that.
@@ -69,23 +73,25 @@ type Dump struct {
 // Run dumps the container and leaves it running. It returns when criu has exited.
 //
 // When ctx ends, the dump is stopped: criu rolls back by itself, the container runs again and Run returns ctx's cause. A
-// dump whose PostDump has returned is past stopping, and goes on to its end. An error is a *Error, or a failure to start criu.
+// dump whose PostDump has returned is past stopping, and goes on to its end. An error is PostDump's own, a *Error, or a failure to start criu.
 //
 // The calling process must be made for this: Run ignores SIGXFSZ in it and takes its only child for criu. go-criu starts
 // criu with its caller's signals, and tells no pid, so a process that does anything else cannot stop a dump safely.
-func (d Dump) Run(ctx context.Context) (Stats, error) {
+func (d Dump) Run(ctx context.Context) (stats Stats, err error) {
 	// An ignored signal survives exec: in criu a write beyond RLIMIT_FSIZE is then an error and not its death.
 	signal.Ignore(unix.SIGXFSZ)
 
-	// Without an established TCP connection there is nothing to lock the pod's network for, and that would cut off its
-	// other containers and its probes too.
-	network := skipNetworkLock
-	connected, err := d.Container.connectedTCP(ctx)
-	if err != nil {
+	if err := d.Container.obstacle(ctx); err != nil {
 		return Stats{}, err
 	}
-	if connected {
-		network = lockMethod(ctx, d.Criu)
+	if err := d.writeWatchCache(ctx); err != nil {
+		return Stats{}, err
+	}
+	defer func() { err = errors.Join(err, d.removeWatchCache()) }()
+
+	network, err := d.chooseNetwork(ctx)
+	if err != nil {
+		return Stats{}, err
 	}
 	err = d.run(ctx, network)
 	// One that has come since makes CRIU fail before it has written any memory.
@@ -122,7 +128,12 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	if err != nil {
 		return errors.Join(err, criu.Cleanup())
 	}
-	hook := &notify{ctx: ctx, aborter: aborter, postDump: d.PostDump}
+	hook := &notify{ctx: ctx, aborter: aborter, postDump: func() error {
+		if err := d.checkLinks(); err != nil || d.PostDump == nil {
+			return err
+		}
+		return d.PostDump()
+	}}
 	err = criu.Dump(d.options(network), hook)
 	// The pid is criu's until Cleanup has waited for it: only then is it safe to have stopped aborting.
 	aborter.stop()
@@ -138,7 +149,7 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	}
-	return diagnose(d.Work, err)
+	return d.diagnose(err)
 }
 
 // notify receives CRIU's notifications; those that it does not name need no answer of ours.
@@ -147,7 +158,7 @@ type notify struct {
 	ctx      context.Context
 	aborter  *aborter
 	postDump func() error
-	running  sync.WaitGroup // the caller's PostDump
+	running  sync.WaitGroup // postDump
 	err      error          // what PostDump failed with
 }
 
@@ -157,7 +168,7 @@ func (n *notify) PostDump() error {
 	n.err = n.ctx.Err()
 	if n.err != nil {
 		n.err = context.Cause(n.ctx)
-	} else if n.postDump != nil {
+	} else {
 		n.err = n.capture()
 	}
 	if n.err == nil && n.aborter.stop() {
@@ -166,7 +177,7 @@ func (n *notify) PostDump() error {
 	return n.err
 }
 
-// capture runs the caller's PostDump, for as long as the context lasts.
+// capture runs postDump, for as long as the context lasts.
 func (n *notify) capture() error {
 	result := make(chan error, 1)
 	n.running.Go(func() { result <- n.postDump() })

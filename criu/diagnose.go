@@ -9,85 +9,76 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
 
-// Error is a dump that CRIU gave up by itself. The container runs again.
+// Error is a dump that has failed, or was not begun since it would have failed. The container runs.
 type Error struct {
-	// Cause is what CRIU's log names as the reason, or what go-criu said where the log names none.
+	// Limit is the known reason, nil if it is none.
+	Limit *Limit
+	// Place is where it was met, such as "process 7 (redis-server), descriptor 5 (/dev/fuse)", with the pid that the process has in
+	// the container; empty where that is not known.
+	Place string
+	// Cause is what CRIU's log says of the reason, or what go-criu said where the log says nothing.
 	Cause string
-	// Process is the task that was being dumped at that moment, such as "pid 4711 (redis-server)", or empty.
-	Process string
-	// Advice is what helps, where the cause is a known limit of CRIU or of this machine; otherwise empty.
-	Advice string
-	// Log is the end of CRIU's log, at most 20 lines.
+	// Log is the end of CRIU's log, at most 20 lines, verbatim. It is empty where the dump was not begun.
 	Log []string
 
-	err error // what is to be found by errors.Is: unix.ENOSPC, unix.EDQUOT
+	err error // errConnectedTCP
 }
 
+// Kind says what becomes of another try.
+func (e *Error) Kind() Kind {
+	if e.Limit == nil {
+		return Unknown
+	}
+	return e.Limit.Kind
+}
+
+// Error is a line of at most 500 bytes of printable UTF-8, although the container has chosen names that are in it.
 func (e *Error) Error() string {
-	var b strings.Builder
-	b.WriteString("criu cannot dump the container")
-	if e.Process != "" {
-		fmt.Fprintf(&b, ", at %s", e.Process)
+	const maxMessage = 500
+	parts := []string{"criu cannot dump the container"}
+	if e.Place != "" {
+		parts = append(parts, e.Place)
 	}
-	fmt.Fprintf(&b, ": %s", e.Cause)
-	if e.Advice != "" {
-		fmt.Fprintf(&b, ": %s", e.Advice)
+	advice := ""
+	if e.Limit != nil {
+		advice = ": " + e.Limit.Advice
 	}
-	return b.String()
+	parts = append(parts, e.Cause)
+	return shorten(printable(strings.Join(parts, ": ")), maxMessage-len(advice)) + advice
 }
 
 func (e *Error) Unwrap() error { return e.err }
 
-// Unsupported says whether the container uses something that CRIU, or this machine, cannot dump: trying again will not help.
-func (e *Error) Unsupported() bool {
-	return e.Advice != "" && !errors.Is(e.err, unix.ENOSPC) && !errors.Is(e.err, unix.EDQUOT)
-}
-
+// errConnectedTCP is in an Error of a dump without a network lock that has met a connection.
 var errConnectedTCP = errors.New("connected TCP socket")
 
-const noSpaceAdvice = "make room at the location, or choose one on another file system"
-
-// limits are the known ones, found by CRIU's own words.
-var limits = []struct {
-	pattern *regexp.Regexp
-	advice  string
-	err     error
-}{
-	{regexp.MustCompile(`No space left on device`), noSpaceAdvice, unix.ENOSPC},
-	{regexp.MustCompile(`Disk quota exceeded`), "raise the quota, or choose a location on another file system", unix.EDQUOT},
-	{regexp.MustCompile(`Connected TCP socket`), "close the connection first", errConnectedTCP},
-	{regexp.MustCompile(`Locking network failed|Iptables configuration failed|Failed to lock TCP connection`), "the container has a TCP connection, which can only be dumped while its network is locked; install iptables, or a criu with nftables", nil},
-	{regexp.MustCompile(`Unsupported proto 262`), "MPTCP sockets cannot be dumped; for a Go server set GODEBUG=multipathtcp=0 in the container", nil},
-	{regexp.MustCompile(`Can't get 1:16 opt`), "this criu cannot dump sockets on this kernel; install criu 4.2 or later", nil},
-	{regexp.MustCompile(`External socket is used|Can't dump half of stream unix connection`), "a unix socket is connected to a process outside of the container; close that connection first", nil},
-	{regexp.MustCompile(`doesn't have a proper root mount`), "the container has a mount that its specification does not know, made inside it or by a hook; unmount it first", nil},
-	{regexp.MustCompile(`Can't dump ghost file`), "the container holds a large deleted file open; close it first", nil},
-	{regexp.MustCompile(`Can't find .*link_remap|Can't create link remap|[Ll]ink-remap`), "the container holds a file open that was deleted under this name but has others; close it first", nil},
-	{regexp.MustCompile(`fsnotify:.*(Can't|can't|Unable)|Can't dump that handle`), "the container watches a file by inotify that CRIU cannot find again on overlayfs; end the watch first", nil},
-	{regexp.MustCompile(`io_uring`), "io_uring cannot be dumped; switch it off in the program", nil},
-	{regexp.MustCompile(`Can't get rlimit \d+: Operation not permitted`), "CAP_SYS_RESOURCE is missing on this machine, without which only processes of root can be dumped", nil},
-	{regexp.MustCompile(`Unable to (freeze|interrupt)|Freezing cgroup .* timeout|timeout.*(freez|seiz)`), "a process in the container does not stop, perhaps in uninterruptible sleep (state D); try again when it has gone on", nil},
-	{regexp.MustCompile(`already (being )?traced|ptrace.*SEIZE.*(Operation not permitted|EPERM)|[Uu]nable to (attach|seize)|Unseizable`), "a process in the container is being traced, or crishim runs under a seccomp filter; detach the debugger, or use the shipped unit", nil},
-}
-
 // diagnose turns go-criu's error, which is often empty or names the first line that looks like an error, into the cause.
-func diagnose(work *os.File, err error) error {
-	file, openErr := os.Open(filepath.Join(descriptorPath(work), logFile))
+func (d Dump) diagnose(err error) error {
+	file, openErr := os.Open(filepath.Join(descriptorPath(d.Work), LogFile))
 	if openErr != nil {
 		return &Error{Cause: fmt.Sprintf("%v; there is no log of it (%v)", err, openErr)}
 	}
 	defer file.Close()
-	result := diagnoseLog(file, err)
-	if result.Advice == "" && full(work) {
+	result, at := diagnoseLog(file, err)
+	if result.Limit == nil && full(d.Work) {
 		// The log lies on the same disk, and may end before its own word on that.
 		result.Cause += ": No space left on device"
-		result.Advice, result.err = noSpaceAdvice, unix.ENOSPC
+		result.Limit = limit("full disk")
 	}
+	if l := result.Limit; l != nil && l.descriptor != nil && at.fd < 0 && !d.Container.findDescriptor(&at, l.descriptor) {
+		result.Limit = nil
+	}
+	if at.socket != "" {
+		d.Container.findDescriptor(&at, func(link string) bool { return link == "socket:["+at.socket+"]" })
+	}
+	result.Place = d.Container.describe(at)
 	return result
 }
 
@@ -101,54 +92,112 @@ func full(dir *os.File) bool {
 	return fs.Bavail*uint64(fs.Bsize) < hardly || fs.Files > 0 && fs.Ffree == 0
 }
 
-func diagnoseLog(log io.Reader, err error) *Error {
-	const tailLines, causeLines, maxCause = 20, 3, 400
+// diagnoseLog finds the cause in CRIU's log, and where it was met. The container has a say in what stands there: it names its
+// processes and files, and can have whole lines in their names.
+func diagnoseLog(log io.Reader, err error) (*Error, place) {
+	const tailLines, causeLines, maxLine = 20, 3, 1 << 20
 	result := &Error{}
+	now := place{fd: -1} // at which CRIU was
+	var at place         // at which it met the cause
 	var causes []string
-	process := ""
 	lines := bufio.NewScanner(log)
-	lines.Buffer(make([]byte, 0, 4096), 1<<20)
+	lines.Buffer(make([]byte, 0, 4096), maxLine)
 	for lines.Scan() {
 		line := lines.Text()
 		if result.Log = append(result.Log, line); len(result.Log) > tailLines {
 			result.Log = result.Log[1:]
 		}
-		if m := dumpingTask.FindStringSubmatch(line); m != nil {
-			process = fmt.Sprintf("pid %s (%s)", m[1], m[2])
-		}
+		now.read(line)
 		m := errorLine.FindStringSubmatch(line)
-		if m == nil || noise.MatchString(m[1]) {
+		if m == nil || noise.MatchString(m[1]) || result.Limit != nil {
 			continue
 		}
 		causes = append(causes, m[1])
-		if result.Advice != "" {
-			continue
+		at = now
+		if strings.Contains(m[1], "Connected TCP socket") {
+			result.err = errConnectedTCP
 		}
-		for _, l := range limits {
-			if l.pattern.MatchString(m[1]) {
-				result.Advice, result.err, result.Process = l.advice, l.err, process
+		for i := range limits {
+			if limits[i].match(m[1], &at) {
 				// What led to it says more than what followed from it.
-				result.Cause = m[1]
+				result.Limit, result.Cause = &limits[i], strings.TrimSpace(m[1])
 				break
 			}
 		}
 	}
 	if result.Cause == "" && len(causes) > 0 {
 		result.Cause = strings.Join(slices.Compact(causes[max(0, len(causes)-causeLines):]), "; ")
-		result.Process = process
 	}
 	if result.Cause == "" {
 		result.Cause = fmt.Sprintf("its log names no cause (%v)", err)
 	}
-	if len(result.Cause) > maxCause {
-		result.Cause = strings.ToValidUTF8(result.Cause[:maxCause], "") + "…"
-	}
-	return result
+	return result, at
 }
 
 var (
-	dumpingTask = regexp.MustCompile(`Dumping task \(pid: (\d+) comm: (.*)\)`)
-	errorLine   = regexp.MustCompile(`^(?:\([0-9.]+\) )?(?: *\d+: )?Error \([^)]*\): (.*)`)
+	errorLine = regexp.MustCompile(`^(?:\([0-9.]+\) )?(?: *\d+: )?Error \([^)]*\): (.*)`)
 	// noise is what CRIU prints as an error although the dump goes on, or about every dump that failed.
 	noise = regexp.MustCompile(`Can't setup RLIMIT_NOFILE for self|Dumping FAILED`)
 )
+
+// place is where CRIU was, as its log tells. What is not known is empty, and fd -1.
+type place struct {
+	pid    int // in CRIU's pid namespace
+	comm   string
+	fd     int
+	path   string // of a file
+	mount  string // mount point in the container
+	socket string // inode
+}
+
+var (
+	taskLine       = regexp.MustCompile(`^\([0-9.]+\) Dumping task \(pid: (\d+) comm: (.*)\)$`)
+	descriptorLine = regexp.MustCompile(`^\([0-9.]+\) (\d+) fdinfo (\d+): pos: `)
+	pathLine       = regexp.MustCompile(`^\([0-9.]+\) Dumping path for (-?\d+) fd via self \d+ \[(.*)\]$`)
+	endLine        = regexp.MustCompile(`^\([0-9.]+\) -{40}$`) // of a task's descriptors
+	peerLine       = regexp.MustCompile(`^\([0-9.]+\) unix: \t(?:Runaway socket|Ext stream not supported|Ext dgram w/o name): ino \d+ peer_ino (\d+) .* name (.*)$`)
+)
+
+// read follows CRIU from line to line.
+func (p *place) read(line string) {
+	if m := taskLine.FindStringSubmatch(line); m != nil {
+		*p = place{pid: atoi(m[1]), comm: m[2], fd: -1}
+	} else if m := descriptorLine.FindStringSubmatch(line); m != nil {
+		p.pid, p.fd, p.path = atoi(m[1]), atoi(m[2]), ""
+	} else if m := pathLine.FindStringSubmatch(line); m != nil {
+		p.fd, p.path = max(atoi(m[1]), -1), m[2]
+	} else if m := peerLine.FindStringSubmatch(line); m != nil {
+		p.socket, p.path = m[1], m[2] // they are looked at when all tasks are done
+	} else if endLine.MatchString(line) {
+		p.fd, p.path = -1, ""
+	}
+}
+
+// atoi returns the number that a regular expression has found, -1 for one that is no number of ours.
+func atoi(s string) int {
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+// printable makes one line of what the container may have chosen.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == unicode.ReplacementChar, !unicode.IsPrint(r):
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// shorten cuts a text to at most size bytes.
+func shorten(s string, size int) string {
+	const ellipsis = "…"
+	if len(s) <= size {
+		return s
+	}
+	return strings.ToValidUTF8(s[:max(size-len(ellipsis), 0)], "") + ellipsis
+}

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,37 +14,87 @@ import (
 func TestDiagnoseLog(t *testing.T) {
 	const noiseLine = "(00.001044) Error (criu/util.c:1503): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n"
 	tests := []struct {
-		name        string
-		log         string
-		want        string // of the message
-		unsupported bool
-		is          error
+		name  string
+		log   string
+		cause string
+		kind  Kind
+		at    place
+		is    error
 	}{
 		{
-			name: "a known limit, with the task at which it was met",
+			name: "a descriptor",
 			log: noiseLine + `(00.020000) Dumping task (pid: 4711 comm: web server)
+(00.020050) 4711 fdinfo 3: pos:                0 flags:             4002/0x1
+(00.020060) Dumping path for 3 fd via self 17 [/var/log/x]
+(00.020090) 4711 fdinfo 5: pos:                0 flags:             4002/0x1
 (00.020100) Error (criu/sk-inet.c:191): inet: Unsupported proto 262 for socket c18c
+(00.020150) ----------------------------------------
 (00.020200) Error (criu/cr-dump.c:1669): Dump files (pid: 4711) failed with -1
 (00.020300) Error (criu/cr-dump.c:2128): Dumping FAILED.
 `,
-			want:        "criu cannot dump the container, at pid 4711 (web server): inet: Unsupported proto 262 for socket c18c: MPTCP sockets cannot be dumped; for a Go server set GODEBUG=multipathtcp=0 in the container",
-			unsupported: true,
+			cause: "inet: Unsupported proto 262 for socket c18c", kind: Unsupported,
+			at: place{pid: 4711, comm: "web server", fd: 5},
+		},
+		{
+			name: "a file with a path",
+			log: `(00.107490) Dumping task (pid: 8 comm: a) b)
+(00.107492) 8 fdinfo 5: pos:                0 flags:           100002/0x1
+(00.107494) Dumping path for 5 fd via self 23 [/tmp/a [b] (deleted)]
+(00.107512) Error (criu/files-reg.c:1131): Can't link remap to tmp/a [b]: Read-only file system
+`,
+			cause: "Can't link remap to tmp/a [b]: Read-only file system", kind: Unsupported,
+			at: place{pid: 8, comm: "a) b", fd: 5, path: "tmp/a [b]"},
+		},
+		{
+			name:  "a mount",
+			log:   "(00.08) Error (criu/mount.c:753): mnt: 173:./sys/firmware doesn't have a proper root mount\n",
+			cause: "mnt: 173:./sys/firmware doesn't have a proper root mount", kind: Unsupported,
+			at: place{fd: -1, mount: "/sys/firmware"},
+		},
+		{
+			name:  "a mount of an unknown kind",
+			log:   "(00.08) Error (criu/mount.c:724): mnt: FS mnt ./mnt/x y dev 0x30 root / unsupported id 4\n",
+			cause: "mnt: FS mnt ./mnt/x y dev 0x30 root / unsupported id 4", kind: Unsupported,
+			at: place{fd: -1, mount: "/mnt/x y"},
+		},
+		{
+			name: "a process that the error names",
+			log: `(00.03) Dumping task (pid: 7 comm: sh)
+(00.04) 7 fdinfo 0: pos: 0
+(00.05) Error (criu/cr-dump.c:478): Task 907 with SysVIPC shmem map @7fba79a4f000 doesn't live in IPC ns
+`,
+			cause: "Task 907 with SysVIPC shmem map @7fba79a4f000 doesn't live in IPC ns", kind: Unsupported,
+			at: place{pid: 907, comm: "", fd: -1},
+		},
+		{
+			name: "a socket, found when all tasks are done",
+			log: `(00.02) Dumping task (pid: 7 comm: sh)
+(00.16) unix: 	Runaway socket: ino 466947 peer_ino 486117 family    1 type    2 state  7 name /data/vol/gram
+(00.16) Error (criu/sk-unix.c:874): unix: External socket is used. Consider using --ext-unix-sk option.
+`,
+			cause: "unix: External socket is used. Consider using --ext-unix-sk option.", kind: Unsupported,
+			at: place{pid: 7, comm: "sh", fd: -1, socket: "486117", path: "/data/vol/gram"},
+		},
+		{
+			name:  "a process that does not stop",
+			log:   "(10.2) Error (criu/seize.c:635): Unable to freeze cgroup /sys/fs/cgroup/freezer/pods/x (96 x 100ms attempts, timeout: 10s)\n",
+			cause: "Unable to freeze cgroup /sys/fs/cgroup/freezer/pods/x (96 x 100ms attempts, timeout: 10s)", kind: Busy,
+			at: place{fd: -1},
+		},
+		{
+			name:  "a full disk",
+			log:   "(00.1) Error (criu/bfd.c:1): bfd: Error flushing image: No space left on device\n",
+			cause: "bfd: Error flushing image: No space left on device", kind: NoSpace,
+			at: place{fd: -1},
 		},
 		{
 			name: "a connected socket",
-			log: `(00.03) Dumping task (pid: 7 comm: sh)
-(00.04) Error (criu/sk-inet.c:218): inet: Connected TCP socket, consider using --tcp-established option.
+			log: `(00.04) Error (criu/sk-inet.c:218): inet: Connected TCP socket, consider using --tcp-established option.
 (00.05) Error (criu/cr-dump.c:2128): Dumping FAILED.
 `,
-			want:        "criu cannot dump the container, at pid 7 (sh): inet: Connected TCP socket, consider using --tcp-established option.: close the connection first",
-			unsupported: true,
-			is:          errConnectedTCP,
-		},
-		{
-			name: "a full disk, which is no fault of the container's",
-			log:  "(00.1) Error (criu/bfd.c:1): bfd: Error flushing image: No space left on device\n",
-			want: "criu cannot dump the container: bfd: Error flushing image: No space left on device: make room at the location, or choose one on another file system",
-			is:   unix.ENOSPC,
+			cause: "inet: Connected TCP socket, consider using --tcp-established option.",
+			at:    place{fd: -1},
+			is:    errConnectedTCP,
 		},
 		{
 			name: "an unknown cause: the last lines, without the noise",
@@ -54,31 +105,27 @@ func TestDiagnoseLog(t *testing.T) {
 (00.3) Error (criu/a.c:3): fourth
 (00.4) Error (criu/cr-dump.c:2128): Dumping FAILED.
 `,
-			want: "criu cannot dump the container: third; fourth",
+			cause: "third; fourth",
+			at:    place{fd: -1},
 		},
 		{
-			name: "only noise",
-			log:  noiseLine,
-			want: "criu cannot dump the container: its log names no cause (operation failed)",
+			name:  "only noise",
+			log:   noiseLine,
+			cause: "its log names no cause (operation failed)",
 		},
 		{
-			name: "nothing at all",
-			want: "criu cannot dump the container: its log names no cause (operation failed)",
-		},
-		{
-			name: "a cause without end",
-			log:  "(00.1) Error (criu/a.c:1): " + strings.Repeat("x", 1000),
-			want: "criu cannot dump the container: " + strings.Repeat("x", 400) + "…",
+			name:  "nothing at all",
+			cause: "its log names no cause (operation failed)",
 		},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			err := diagnoseLog(strings.NewReader(test.log), errors.New("operation failed"))
-			if err.Error() != test.want {
-				t.Errorf("message is\n%s\nwant\n%s", err, test.want)
+			err, at := diagnoseLog(strings.NewReader(test.log), errors.New("operation failed"))
+			if err.Cause != test.cause || err.Kind() != test.kind {
+				t.Errorf("cause is %q, of kind %d; want %q, of kind %d", err.Cause, err.Kind(), test.cause, test.kind)
 			}
-			if err.Unsupported() != test.unsupported {
-				t.Errorf("unsupported is %t, want %t", err.Unsupported(), test.unsupported)
+			if at != test.at {
+				t.Errorf("place is %+v, want %+v", at, test.at)
 			}
 			if test.is != nil && !errors.Is(err, test.is) {
 				t.Errorf("is not %v", test.is)
@@ -88,9 +135,25 @@ func TestDiagnoseLog(t *testing.T) {
 }
 
 func TestDiagnoseKeepsTheEndOfTheLog(t *testing.T) {
-	err := diagnoseLog(strings.NewReader(strings.Repeat("line\n", 30)+"last\n"), errors.New("operation failed"))
+	err, _ := diagnoseLog(strings.NewReader(strings.Repeat("line\n", 30)+"last\n"), errors.New("operation failed"))
 	if len(err.Log) != 20 || err.Log[19] != "last" {
 		t.Errorf("kept %d lines, the last is %q", len(err.Log), err.Log[len(err.Log)-1])
+	}
+}
+
+// However long and odd what the container has chosen is: one line, and the advice is in it.
+func TestErrorIsALine(t *testing.T) {
+	long := strings.Repeat("\n\x1b\xff\u202e", 1000)
+	for i := range limits {
+		at := place{pid: 1 << 22, comm: long, fd: 1 << 20, path: long}
+		err := &Error{Limit: &limits[i], Place: Container{Pid: os.Getpid()}.describe(at), Cause: long}
+		text := err.Error()
+		if utf8.RuneCountInString(text) > 512 || printable(text) != text || !strings.HasSuffix(text, ": "+limits[i].Advice) {
+			t.Errorf("%s: %d bytes: %s", limits[i].Name, len(text), text)
+		}
+		if len(text)-strings.Index(text, "descriptor 1048576") < 200 {
+			t.Errorf("%s: too little is left for the cause: %s", limits[i].Name, text)
+		}
 	}
 }
 
@@ -116,13 +179,21 @@ func TestDiagnoseOfALogCutOffByAFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer work.Close()
-	if err := diagnose(work, errors.New("operation failed")); errors.Is(err, unix.ENOSPC) {
+	diagnose := func() *Error {
+		err := Dump{Work: work}.diagnose(errors.New("operation failed"))
+		var result *Error
+		if !errors.As(err, &result) {
+			t.Fatal(err)
+		}
+		return result
+	}
+	if err := diagnose(); err.Kind() != Unknown {
 		t.Errorf("with room left it is %v", err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "pages-1.img"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
 		t.Fatalf("filling the disk: %v", err)
 	}
-	if err := diagnose(work, errors.New("operation failed")); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "No space left on device: make room") {
+	if err := diagnose(); err.Kind() != NoSpace || !strings.Contains(err.Error(), "No space left on device: make room") {
 		t.Errorf("with none left it is %v", err)
 	}
 }
@@ -131,13 +202,15 @@ func TestDiagnoseOfALogCutOffByAFullDisk(t *testing.T) {
 func FuzzDiagnoseLog(f *testing.F) {
 	f.Add("(00.02) Dumping task (pid: 1 comm: a) b)\n(00.02) Error (criu/x.c:1): Unsupported proto 262\n")
 	f.Add("Error (: \n\x00\xff")
+	f.Add("(1) Dumping task (pid: 99999999999999999999 comm: \n)\n(1) 1 fdinfo 5: pos: \nError (): Can't dump file 99999999999999999999 of that type\n")
 	f.Fuzz(func(t *testing.T, log string) {
-		err := diagnoseLog(strings.NewReader(log), errors.New("operation failed"))
+		err, at := diagnoseLog(strings.NewReader(log), errors.New("operation failed"))
 		if err.Cause == "" {
 			t.Error("no cause")
 		}
-		if len(err.Cause) > 500 {
-			t.Errorf("cause has %d bytes", len(err.Cause))
+		err.Place = Container{Pid: os.Getpid()}.describe(at)
+		if text := err.Error(); utf8.RuneCountInString(text) > 512 || printable(text) != text {
+			t.Errorf("%d bytes: %q", len(text), text)
 		}
 	})
 }

@@ -2,14 +2,10 @@ package criu
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
-
-	"golang.org/x/sys/unix"
+	"slices"
 )
 
 // On cgroup v1, ptrace(2) waits for a process that is stopped (SIGSTOP, a shell's Ctrl-Z) and frozen until it is thawed, and no
@@ -38,31 +34,15 @@ func (c Container) freezer() (string, error) {
 }
 
 // hasStopped says whether a process in the cgroup, or in one below it, is stopped.
-func hasStopped(cgroup string) (stopped bool, err error) {
-	err = filepath.WalkDir(cgroup, func(path string, entry fs.DirEntry, err error) error {
-		if err == nil && entry.Name() != "cgroup.procs" {
-			return nil
-		}
-		var processes []byte
-		if err == nil {
-			processes, err = os.ReadFile(path)
-		}
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-			return nil // a cgroup below that is gone meanwhile
-		}
-		if err != nil {
-			return err
-		}
-		for pid := range strings.FieldsSeq(string(processes)) {
-			status, err := os.ReadFile(filepath.Join("/proc", pid, "status"))
-			if err == nil && bytes.Contains(status, []byte("\nState:\tT")) { // otherwise it has ended
-				stopped = true
-				return fs.SkipAll
-			}
-		}
-		return nil
-	})
-	return stopped, err
+func hasStopped(cgroup string) (bool, error) {
+	pids, err := processesOf(cgroup)
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(pids, func(pid int) bool {
+		status, err := readStatus(statusPath(pid))
+		return err == nil && status.state == "T" // otherwise it has ended
+	}), nil
 }
 
 // thaw gives a criu that waits for a process which was stopped after the look the chance to go on. Where criu has

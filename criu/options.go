@@ -1,6 +1,7 @@
 package criu
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,21 +22,39 @@ const (
 	lockNetworkByNftables
 )
 
-const logFile = "dump.log"
+// skipSince is the version of CRIU that first had a way not to lock the network, as MinVersion. An older one fails when it is asked to.
+// See https://github.com/checkpoint-restore/criu/pull/2197.
+const skipSince = 31900
+
+// chooseNetwork has the network locked only where it must be: without an established TCP connection there is nothing to lock it for, and
+// that would cut off the pod's other containers and its probes too.
+func (d Dump) chooseNetwork(ctx context.Context) (networkMode, error) {
+	if d.Version >= skipSince {
+		if connected, err := d.Container.connectedTCP(ctx); err != nil || !connected {
+			return skipNetworkLock, err
+		}
+	}
+	return lockMethod(ctx, d.Criu), nil
+}
+
+// LogFile is the name of CRIU's log in the directory Work of a Dump.
+const LogFile = "dump.log"
 
 // ghostLimit is how large a deleted file may be, in bytes, that a process still holds open: it goes into the images. CRIU's own
 // limit of 1 MiB is smaller than the temporary files of many a database.
 const ghostLimit = 1 << 30
 
 // options are those that runc sets in (*Container).Checkpoint and crun in libcrun_container_checkpoint_linux_criu, since it is
-// they who restore; LeaveRunning, FileLocks, the network and the limit for deleted files are ours.
+// they who restore. Ours are those that need nothing of a restore: LeaveRunning, FileLocks, LinkRemap, the limit for deleted files; and
+// the network. ExtUnixSk is not among them: with it CRIU dumps a datagram socket that is connected to one outside, but runc and crun restore that
+// only if they, too, are told, and only where a socket of the same path answers. Whoever has that can put ext-unix-sk into runc.conf.
 func (d Dump) options(network networkMode) *rpc.CriuOpts {
 	c := d.Container
 	opts := &rpc.CriuOpts{
 		ImagesDirFd:       proto.Int32(int32(d.Images.Fd())),
 		WorkDirFd:         proto.Int32(int32(d.Work.Fd())),
 		LogLevel:          proto.Int32(4),
-		LogFile:           proto.String(logFile),
+		LogFile:           proto.String(LogFile),
 		Root:              proto.String(c.Rootfs),
 		Pid:               proto.Int32(int32(c.Pid)),
 		LeaveRunning:      proto.Bool(true),
@@ -44,6 +63,7 @@ func (d Dump) options(network networkMode) *rpc.CriuOpts {
 		EmptyNs:           proto.Uint32(unix.CLONE_NEWNET),
 		OrphanPtsMaster:   proto.Bool(true),
 		FileLocks:         proto.Bool(true), // a restore without it skips the locks
+		LinkRemap:         proto.Bool(true), // see remap.go
 		GhostLimit:        proto.Uint32(ghostLimit),
 		TcpSkipInFlight:   proto.Bool(true), // a connection that nobody has accepted yet would fail the dump
 	}

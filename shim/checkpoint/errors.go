@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -29,12 +32,13 @@ func (e failureError) Error() string { return e.GetMessage() }
 
 // failure says in the helper why a checkpoint failed.
 func failure(err error) *crishimv1.Failure {
-	// A process may have any bytes for its name, and protobuf has only UTF-8 for strings.
-	f := &crishimv1.Failure{Message: strings.ToValidUTF8(err.Error(), "?")}
+	f := &crishimv1.Failure{Message: oneLine(err.Error(), maxMessage)}
 	var dump *criu.Error
+	kind := criu.Unknown
 	if errors.As(err, &dump) {
+		kind = dump.Kind()
 		for _, line := range dump.Log {
-			f.Log = append(f.Log, strings.ToValidUTF8(line, "?"))
+			f.Log = append(f.Log, oneLine(line, maxLogLine))
 		}
 	}
 	switch {
@@ -46,16 +50,38 @@ func failure(err error) *crishimv1.Failure {
 		f.Reason = crishimv1.Reason_REASON_LOCATION_EXISTS
 	case errors.Is(err, container.ErrNotRunning):
 		f.Reason = crishimv1.Reason_REASON_NOT_RUNNING
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), kind == criu.NoSpace:
 		f.Reason = crishimv1.Reason_REASON_NO_SPACE
-	case dump != nil && dump.Unsupported():
+	case kind == criu.Unsupported:
 		f.Reason = crishimv1.Reason_REASON_UNSUPPORTED
+	case kind == criu.Busy:
+		f.Reason = crishimv1.Reason_REASON_BUSY
 	}
 	return f
 }
 
+const (
+	maxMessage = 512 // characters of an answer
+	maxLogLine = 200 // of a line of CRIU's log that goes with it; there are at most 20, and gRPC sends them in a header
+)
+
+// oneLine makes one line of an error, which may have several when it was joined, and may hold what the container has chosen, such as the name
+// of a process: any bytes.
+func oneLine(text string, limit int) string {
+	text = strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, strings.ReplaceAll(strings.TrimSpace(text), "\n", "; "))
+	if runes := []rune(text); len(runes) > limit {
+		text = string(runes[:limit-1]) + "…"
+	}
+	return text
+}
+
 // toStatus gives an error its gRPC code, at the one place where errors become answers. Messages are all that the kubelet's
-// user sees: the kubelet maps no codes.
+// user sees, in one line: the kubelet maps no codes.
 func toStatus(err error) error {
 	var fromHelper failureError
 	reason := crishimv1.Reason_REASON_UNSPECIFIED
@@ -72,7 +98,7 @@ func toStatus(err error) error {
 		code = codes.Unavailable
 	case errors.Is(err, container.ErrNotFound):
 		code = codes.NotFound
-	case errors.Is(err, errInFlight):
+	case errors.Is(err, errInFlight), reason == crishimv1.Reason_REASON_BUSY:
 		code = codes.Aborted
 	case errors.Is(err, criu.ErrUnavailable):
 		// The kubelet's end-to-end test looks for these words, and skips where it finds them.
@@ -94,5 +120,12 @@ func toStatus(err error) error {
 			code = s.Code()
 		}
 	}
-	return status.Error(code, err.Error())
+	answer := status.New(code, oneLine(err.Error(), maxMessage))
+	if log := fromHelper.GetLog(); len(log) > 0 {
+		detail := &errdetails.DebugInfo{Detail: "the end of criu's log, all of which is in crishim's own at level debug", StackEntries: log}
+		if with, err := answer.WithDetails(detail); err == nil {
+			answer = with
+		}
+	}
+	return answer.Err()
 }

@@ -52,7 +52,9 @@ func HelperMain() int {
 	}
 	result, err := run(ctx, job, atMostEvery(100*time.Millisecond, func(p *crishimv1.Progress) {
 		send(&crishimv1.Event{Event: &crishimv1.Event_Progress{Progress: p}})
-	}))
+	}), func(lines []byte) {
+		send(&crishimv1.Event{Event: &crishimv1.Event_Log{Log: &crishimv1.Log{Lines: lines}}})
+	})
 	if err != nil {
 		result = &crishimv1.Result{Failure: failure(err)}
 	}

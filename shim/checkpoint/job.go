@@ -7,22 +7,24 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"crishim/criu"
 	crishimv1 "crishim/proto/crishim/v1"
 	"crishim/shim/archive"
 	"crishim/shim/container"
 )
 
 // newJob puts together what the helper needs, among it the members of the archive that are known before the dump.
-func newJob(location, criu string, c *container.Container, imageID string, origin archive.Origin) (*crishimv1.Job, error) {
+func newJob(location string, features criu.Features, c *container.Container, imageID string, origin archive.Origin) (*crishimv1.Job, error) {
 	members, err := metadata(c, imageID, origin, time.Now())
 	if err != nil {
 		return nil, err
 	}
 	job := &crishimv1.Job{
-		Location: location,
-		Criu:     criu,
-		Members:  members,
-		Staging:  archive.StagingName(),
+		Location:    location,
+		Criu:        features.Path,
+		CriuVersion: int32(features.Version),
+		Members:     members,
+		Staging:     archive.StagingName(),
 		Container: &crishimv1.Container{
 			Id:             c.Status.GetId(),
 			Pid:            int32(c.Process.Pid),

@@ -23,8 +23,8 @@ import (
 const HelperCommand = "checkpoint-helper"
 
 // runHelper runs one job in a helper process and returns when that has exited. The error is a failureError where the helper
-// has answered, and wraps ctx's cause where ctx's end is what stopped it.
-func runHelper(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress)) (*crishimv1.Result, error) {
+// has answered, and wraps ctx's cause where ctx's end is what stopped it. What the helper says before its result is reported.
+func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.Event)) (*crishimv1.Result, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -54,9 +54,11 @@ func runHelper(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1
 	// The end of the stream stops the helper; it still answers.
 	stop := context.AfterFunc(ctx, func() { _ = conn.CloseWrite() })
 	var phase crishimv1.Phase
-	result, err := readResult(conn, func(p *crishimv1.Progress) {
-		phase = p.GetPhase()
-		progress(p)
+	result, err := readResult(conn, func(e *crishimv1.Event) {
+		if p := e.GetProgress(); p != nil {
+			phase = p.GetPhase()
+		}
+		report(e)
 	})
 	stop()
 	if err != nil {
@@ -102,7 +104,7 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, phase crishimv1.Phase, cause error)
 	return fmt.Errorf("the checkpoint helper died (%w): %s; nothing of the checkpoint is left: try again", cause, state)
 }
 
-func readResult(conn io.Reader, progress func(*crishimv1.Progress)) (*crishimv1.Result, error) {
+func readResult(conn io.Reader, report func(*crishimv1.Event)) (*crishimv1.Result, error) {
 	reader := bufio.NewReader(conn)
 	for {
 		event := &crishimv1.Event{}
@@ -112,7 +114,7 @@ func readResult(conn io.Reader, progress func(*crishimv1.Progress)) (*crishimv1.
 		if result := event.GetResult(); result != nil {
 			return result, nil
 		}
-		progress(event.GetProgress())
+		report(event)
 	}
 }
 

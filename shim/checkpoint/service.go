@@ -7,6 +7,7 @@
 package checkpoint
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -100,12 +101,6 @@ func (s *Service) CheckpointContainer(ctx context.Context, request *runtimeapi.C
 	result, err := s.checkpoint(ctx, request, log)
 	log = log.WithField("seconds", time.Since(start).Seconds())
 	if err != nil {
-		var fromHelper failureError
-		if errors.As(err, &fromHelper) {
-			for _, line := range fromHelper.GetLog() {
-				log.Debugf("criu's log: %s", line)
-			}
-		}
 		err = toStatus(err)
 		log.WithField("code", status.Code(err).String()).Errorf("checkpoint failed: %s", status.Convert(err).Message())
 		return nil, err
@@ -161,12 +156,17 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	if err := c.VerifyRunning(); err != nil {
 		return nil, err
 	}
-	job, err := newJob(request.GetLocation(), features.Path, c, s.imageID(ctx, c), s.origin(ctx, features, c))
+	job, err := newJob(request.GetLocation(), features, c, s.imageID(ctx, c), s.origin(ctx, features, c))
 	if err != nil {
 		return nil, err
 	}
-	return runHelper(ctx, job, func(p *crishimv1.Progress) {
-		log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")
+	return runHelper(ctx, job, func(e *crishimv1.Event) {
+		if p := e.GetProgress(); p != nil {
+			log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")
+		}
+		for line := range bytes.Lines(e.GetLog().GetLines()) {
+			log.Debugf("criu's log: %s", bytes.TrimSuffix(line, []byte("\n")))
+		}
 	})
 }
 

@@ -1,11 +1,14 @@
 package checkpoint
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -17,8 +20,8 @@ import (
 )
 
 // run does a job, step by step, in the helper process. Each step is undone by what stands beside it: the staging directory
-// is removed with all that was put into it, and criu rolls back a dump by itself.
-func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress)) (_ *crishimv1.Result, err error) {
+// is removed with all that was put into it, and criu rolls back a dump by itself. log gets CRIU's log of a dump that has failed.
+func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress), log func(lines []byte)) (_ *crishimv1.Result, err error) {
 	location, err := archive.OpenLocation(job.GetLocation())
 	if err != nil {
 		return nil, err
@@ -55,11 +58,17 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	}
 
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_DUMP})
+	var captured []string
+	if job.GetContainer().GetShm() {
+		captured = []string{shmDir}
+	}
 	capture := &capture{container: job.GetContainer(), process: process, staging: staging}
 	defer capture.close()
 	stats, err := criu.Dump{
 		Criu:      job.GetCriu(),
+		Version:   int(job.GetCriuVersion()),
 		Container: criuContainer(job.GetContainer()),
+		Captured:  captured,
 		Images:    staging.Images(),
 		Work:      staging.Dir(),
 		PostDump: func() error {
@@ -68,6 +77,9 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		},
 	}.Run(ctx)
 	if err != nil {
+		if logErr := copyLines(filepath.Join(staging.Dir().Name(), criu.LogFile), log); logErr != nil {
+			err = errors.Join(err, fmt.Errorf("read criu's log: %w", logErr))
+		}
 		return nil, err
 	}
 
@@ -159,6 +171,9 @@ func criuContainer(c *crishimv1.Container) criu.Container {
 	}
 }
 
+// shmDir is where a container has what its pod shares as memory.
+const shmDir = "/dev/shm"
+
 // capture takes what belongs to the memory but is not in CRIU's images, while the tasks are still stopped.
 type capture struct {
 	container *crishimv1.Container
@@ -209,7 +224,7 @@ func (c *capture) shm(ctx context.Context) error {
 	if !c.container.GetShm() {
 		return nil
 	}
-	dir, err := openInContainer(int(c.container.GetPid()), "dev/shm")
+	dir, err := openInContainer(int(c.container.GetPid()), shmDir)
 	if err != nil {
 		return err
 	}
@@ -270,6 +285,36 @@ func (c *capture) member(name string, write func(io.Writer) error) error {
 	return c.staging.Explain(errors.Join(write(file), file.Close()))
 }
 
+// copyLines passes a file on in pieces of whole lines. That there is no such file is no error.
+func copyLines(path string, pass func(lines []byte)) error {
+	const piece = 32 << 10 // bytes; a line that is longer than that is passed in several
+	file, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	var lines []byte
+	for reader := bufio.NewReaderSize(file, piece); ; {
+		line, err := reader.ReadSlice('\n')
+		if len(lines)+len(line) > piece {
+			pass(lines)
+			lines = nil
+		}
+		lines = append(lines, line...)
+		if err == nil || errors.Is(err, bufio.ErrBufferFull) {
+			continue
+		}
+		pass(lines)
+		if err == io.EOF {
+			return nil
+		}
+		return err
+	}
+}
+
 // openInContainer opens a directory of a container as its processes see it. The container can put a symlink anywhere in the
 // path: none is followed (openat2, Linux 5.6).
 func openInContainer(pid int, path string) (*os.File, error) {
@@ -278,12 +323,12 @@ func openInContainer(pid int, path string) (*os.File, error) {
 		return nil, err
 	}
 	defer root.Close()
-	fd, err := unix.Openat2(int(root.Fd()), path, &unix.OpenHow{
+	fd, err := unix.Openat2(int(root.Fd()), strings.TrimPrefix(path, "/"), &unix.OpenHow{
 		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
 	})
 	if err != nil {
-		return nil, &os.PathError{Op: "openat2", Path: "/" + path, Err: err}
+		return nil, &os.PathError{Op: "openat2", Path: path, Err: err}
 	}
 	return os.NewFile(uintptr(fd), path), nil
 }

@@ -1,7 +1,7 @@
 // What crishim's processes and, later, its users say to one another about a checkpoint.
 //
 // Helper protocol: the daemon starts one helper process for each checkpoint and hands it one end of a stream socket. The
-// daemon sends one Job. The helper answers with any number of Progress events and ends with exactly one Result. Each
+// daemon sends one Job. The helper answers with any number of Progress and Log events and ends with exactly one Result. Each
 // message is preceded by its length as a varint. There is no message for "stop": the daemon closes its sending half, and
 // so does the kernel when the daemon dies; either way the helper reads the end of the stream, and rolls back.
 
@@ -97,11 +97,13 @@ const (
 	Reason_REASON_LOCATION_EXISTS  Reason = 2
 	// The container is not running, or no longer the one that was described.
 	Reason_REASON_NOT_RUNNING Reason = 3
-	// CRIU, or this machine, cannot dump something that the container uses.
+	// CRIU, or this machine, cannot dump something that the container uses. Another try fails likewise.
 	Reason_REASON_UNSUPPORTED Reason = 4
 	Reason_REASON_NO_SPACE    Reason = 5
 	// The daemon asked for an end, or died.
 	Reason_REASON_CANCELLED Reason = 6
+	// A process of the container does something just now that keeps it from being stopped. Another try may succeed.
+	Reason_REASON_BUSY Reason = 7
 )
 
 // Enum value maps for Reason.
@@ -114,6 +116,7 @@ var (
 		4: "REASON_UNSUPPORTED",
 		5: "REASON_NO_SPACE",
 		6: "REASON_CANCELLED",
+		7: "REASON_BUSY",
 	}
 	Reason_value = map[string]int32{
 		"REASON_UNSPECIFIED":      0,
@@ -123,6 +126,7 @@ var (
 		"REASON_UNSUPPORTED":      4,
 		"REASON_NO_SPACE":         5,
 		"REASON_CANCELLED":        6,
+		"REASON_BUSY":             7,
 	}
 )
 
@@ -159,8 +163,10 @@ type Job struct {
 	// Where the archive is to appear: absolute and clean.
 	Location string `protobuf:"bytes,1,opt,name=location,proto3" json:"location,omitempty"`
 	// Absolute path of the criu binary.
-	Criu      string     `protobuf:"bytes,2,opt,name=criu,proto3" json:"criu,omitempty"`
-	Container *Container `protobuf:"bytes,3,opt,name=container,proto3" json:"container,omitempty"`
+	Criu string `protobuf:"bytes,2,opt,name=criu,proto3" json:"criu,omitempty"`
+	// Its version: major*10000 + minor*100 + sublevel.
+	CriuVersion int32      `protobuf:"varint,6,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
+	Container   *Container `protobuf:"bytes,3,opt,name=container,proto3" json:"container,omitempty"`
 	// Members of the archive whose content the daemon has already, such as config.dump.
 	Members []*Member `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
 	// Name of the staging directory beside the location. It is the daemon's to choose, so that it can remove what a helper
@@ -212,6 +218,13 @@ func (x *Job) GetCriu() string {
 		return x.Criu
 	}
 	return ""
+}
+
+func (x *Job) GetCriuVersion() int32 {
+	if x != nil {
+		return x.CriuVersion
+	}
+	return 0
 }
 
 func (x *Job) GetContainer() *Container {
@@ -768,12 +781,58 @@ func (x *Result) GetPagesWritten() uint64 {
 	return 0
 }
 
+// Log is the next piece of CRIU's log, whole lines, after a dump that has failed.
+type Log struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lines         []byte                 `protobuf:"bytes,1,opt,name=lines,proto3" json:"lines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Log) Reset() {
+	*x = Log{}
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Log) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Log) ProtoMessage() {}
+
+func (x *Log) ProtoReflect() protoreflect.Message {
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Log.ProtoReflect.Descriptor instead.
+func (*Log) Descriptor() ([]byte, []int) {
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Log) GetLines() []byte {
+	if x != nil {
+		return x.Lines
+	}
+	return nil
+}
+
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Event:
 	//
 	//	*Event_Progress
 	//	*Event_Result
+	//	*Event_Log
 	Event         isEvent_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -781,7 +840,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +852,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +865,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{8}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Event) GetEvent() isEvent_Event {
@@ -834,6 +893,15 @@ func (x *Event) GetResult() *Result {
 	return nil
 }
 
+func (x *Event) GetLog() *Log {
+	if x != nil {
+		if x, ok := x.Event.(*Event_Log); ok {
+			return x.Log
+		}
+	}
+	return nil
+}
+
 type isEvent_Event interface {
 	isEvent_Event()
 }
@@ -846,19 +914,26 @@ type Event_Result struct {
 	Result *Result `protobuf:"bytes,2,opt,name=result,proto3,oneof"`
 }
 
+type Event_Log struct {
+	Log *Log `protobuf:"bytes,3,opt,name=log,proto3,oneof"`
+}
+
 func (*Event_Progress) isEvent_Event() {}
 
 func (*Event_Result) isEvent_Event() {}
+
+func (*Event_Log) isEvent_Event() {}
 
 var File_crishim_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"\x1bcrishim/v1/checkpoint.proto\x12\n" +
-	"crishim.v1\"\xb2\x01\n" +
+	"crishim.v1\"\xd5\x01\n" +
 	"\x03Job\x12\x1a\n" +
 	"\blocation\x18\x01 \x01(\tR\blocation\x12\x12\n" +
-	"\x04criu\x18\x02 \x01(\tR\x04criu\x123\n" +
+	"\x04criu\x18\x02 \x01(\tR\x04criu\x12!\n" +
+	"\fcriu_version\x18\x06 \x01(\x05R\vcriuVersion\x123\n" +
 	"\tcontainer\x18\x03 \x01(\v2\x15.crishim.v1.ContainerR\tcontainer\x12,\n" +
 	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\x12\x18\n" +
 	"\astaging\x18\x05 \x01(\tR\astaging\"\xdb\x03\n" +
@@ -904,10 +979,13 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"freezingUs\x12\x1b\n" +
 	"\tfrozen_us\x18\x04 \x01(\rR\bfrozenUs\x12$\n" +
 	"\x0ememory_dump_us\x18\x05 \x01(\rR\fmemoryDumpUs\x12#\n" +
-	"\rpages_written\x18\x06 \x01(\x04R\fpagesWritten\"r\n" +
+	"\rpages_written\x18\x06 \x01(\x04R\fpagesWritten\"\x1b\n" +
+	"\x03Log\x12\x14\n" +
+	"\x05lines\x18\x01 \x01(\fR\x05lines\"\x97\x01\n" +
 	"\x05Event\x122\n" +
 	"\bprogress\x18\x01 \x01(\v2\x14.crishim.v1.ProgressH\x00R\bprogress\x12,\n" +
-	"\x06result\x18\x02 \x01(\v2\x12.crishim.v1.ResultH\x00R\x06resultB\a\n" +
+	"\x06result\x18\x02 \x01(\v2\x12.crishim.v1.ResultH\x00R\x06result\x12#\n" +
+	"\x03log\x18\x03 \x01(\v2\x0f.crishim.v1.LogH\x00R\x03logB\a\n" +
 	"\x05event*h\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n" +
@@ -915,7 +993,7 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"PHASE_DUMP\x10\x01\x12\x11\n" +
 	"\rPHASE_CAPTURE\x10\x02\x12\x12\n" +
 	"\x0ePHASE_ASSEMBLE\x10\x03\x12\x11\n" +
-	"\rPHASE_PUBLISH\x10\x04*\xb4\x01\n" +
+	"\rPHASE_PUBLISH\x10\x04*\xc5\x01\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17REASON_INVALID_LOCATION\x10\x01\x12\x1a\n" +
@@ -923,7 +1001,8 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\x12REASON_NOT_RUNNING\x10\x03\x12\x16\n" +
 	"\x12REASON_UNSUPPORTED\x10\x04\x12\x13\n" +
 	"\x0fREASON_NO_SPACE\x10\x05\x12\x14\n" +
-	"\x10REASON_CANCELLED\x10\x06B$Z\"crishim/proto/crishim/v1;crishimv1b\x06proto3"
+	"\x10REASON_CANCELLED\x10\x06\x12\x0f\n" +
+	"\vREASON_BUSY\x10\aB$Z\"crishim/proto/crishim/v1;crishimv1b\x06proto3"
 
 var (
 	file_crishim_v1_checkpoint_proto_rawDescOnce sync.Once
@@ -938,7 +1017,7 @@ func file_crishim_v1_checkpoint_proto_rawDescGZIP() []byte {
 }
 
 var file_crishim_v1_checkpoint_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_crishim_v1_checkpoint_proto_goTypes = []any{
 	(Phase)(0),        // 0: crishim.v1.Phase
 	(Reason)(0),       // 1: crishim.v1.Reason
@@ -950,23 +1029,25 @@ var file_crishim_v1_checkpoint_proto_goTypes = []any{
 	(*Progress)(nil),  // 7: crishim.v1.Progress
 	(*Failure)(nil),   // 8: crishim.v1.Failure
 	(*Result)(nil),    // 9: crishim.v1.Result
-	(*Event)(nil),     // 10: crishim.v1.Event
+	(*Log)(nil),       // 10: crishim.v1.Log
+	(*Event)(nil),     // 11: crishim.v1.Event
 }
 var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
-	3, // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
-	6, // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
-	5, // 2: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
-	4, // 3: crishim.v1.Container.bind_mounts:type_name -> crishim.v1.BindMount
-	0, // 4: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
-	1, // 5: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
-	8, // 6: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
-	7, // 7: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
-	9, // 8: crishim.v1.Event.result:type_name -> crishim.v1.Result
-	9, // [9:9] is the sub-list for method output_type
-	9, // [9:9] is the sub-list for method input_type
-	9, // [9:9] is the sub-list for extension type_name
-	9, // [9:9] is the sub-list for extension extendee
-	0, // [0:9] is the sub-list for field type_name
+	3,  // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
+	6,  // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
+	5,  // 2: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
+	4,  // 3: crishim.v1.Container.bind_mounts:type_name -> crishim.v1.BindMount
+	0,  // 4: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
+	1,  // 5: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
+	8,  // 6: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
+	7,  // 7: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
+	9,  // 8: crishim.v1.Event.result:type_name -> crishim.v1.Result
+	10, // 9: crishim.v1.Event.log:type_name -> crishim.v1.Log
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_crishim_v1_checkpoint_proto_init() }
@@ -974,9 +1055,10 @@ func file_crishim_v1_checkpoint_proto_init() {
 	if File_crishim_v1_checkpoint_proto != nil {
 		return
 	}
-	file_crishim_v1_checkpoint_proto_msgTypes[8].OneofWrappers = []any{
+	file_crishim_v1_checkpoint_proto_msgTypes[9].OneofWrappers = []any{
 		(*Event_Progress)(nil),
 		(*Event_Result)(nil),
+		(*Event_Log)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -984,7 +1066,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_crishim_v1_checkpoint_proto_rawDesc), len(file_crishim_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -5,6 +5,7 @@
 //	workload memory SIZE   does the same beside SIZE MiB of incompressible memory, and keeps verifying them
 //	workload tcp           does the same and sends each step over a TCP connection with itself
 //	workload hold KIND…    sets up what the kinds name, and tells their state whenever it gets SIGUSR1
+//	workload limit KIND    sets up what CRIU cannot dump, see limits.go
 //	workload list DIR      lists what the kind tree makes a digest of
 //
 // The number is written to standard output, as lines "count N", and then into the file /var/count: memory, log and
@@ -46,6 +47,7 @@ func run(args []string) error {
 		"tcp":    countTCP,
 		"net":    network, // network.go
 		"hold":   hold,
+		"limit":  limit, // limits.go
 		"list":   list,
 		"part":   part, // what hold starts, see there
 	}

@@ -1,4 +1,7 @@
 package main
 
-// sysMemfdCreate is the number of a system call that package syscall lacks on this machine.
-const sysMemfdCreate = 319
+// Numbers of system calls that package syscall lacks on this machine, or on another.
+const (
+	sysMemfdCreate = 319
+	sysUserfaultfd = 323
+)

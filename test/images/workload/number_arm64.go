@@ -1,5 +1,7 @@
 package main
 
-import "syscall"
-
-const sysMemfdCreate = syscall.SYS_MEMFD_CREATE
+// Numbers of system calls that package syscall lacks on this machine, or on another.
+const (
+	sysMemfdCreate = 279
+	sysUserfaultfd = 282
+)
