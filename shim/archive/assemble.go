@@ -35,14 +35,33 @@ func (s *Staging) Assemble(ctx context.Context, progress func(written int64)) er
 	if err != nil {
 		return fmt.Errorf("assemble archive: %w", err)
 	}
+	err = s.create(func(f *os.File) error {
+		w := &writer{file: f, manifest: manifest, progress: progress}
+		return w.write(ctx, entries, size)
+	})
+	if err != nil {
+		return fmt.Errorf("assemble archive: %w", err)
+	}
+	return nil
+}
+
+// Write makes what is published of what write writes, in place of Assemble: for an
+// archive of another form, which comes in one stream.
+func (s *Staging) Write(write func(io.Writer) error) error {
+	return s.create(func(f *os.File) error { return write(f) })
+}
+
+func (s *Staging) create(write func(*os.File) error) error {
 	f, err := openAt(s.dir, archiveName, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
-		return fmt.Errorf("assemble archive: %w", s.Explain(err))
+		return s.Explain(err)
 	}
-	w := &writer{file: f, manifest: manifest, progress: progress}
-	if err := w.write(ctx, entries, size); err != nil {
+	if err = makePrivate(f, 0o600); err == nil {
+		err = write(f)
+	}
+	if err != nil {
 		f.Close()
-		return fmt.Errorf("assemble archive: %w", s.Explain(err))
+		return s.Explain(err)
 	}
 	s.archive = f
 	return nil
@@ -109,9 +128,6 @@ type writer struct {
 }
 
 func (w *writer) write(ctx context.Context, entries []entry, size int64) error {
-	if err := makePrivate(w.file, 0o600); err != nil {
-		return err
-	}
 	summed := 0
 	for _, e := range entries {
 		if w.written != e.offset {

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"crishim/shim/archive"
+	"crishim/shim/archive/image"
 )
 
 // Need is one thing that a restore asks of a machine.
@@ -48,13 +49,13 @@ func (i *Images) Look(name string, size int64, content io.Reader) error {
 	case "dump.log":
 		return i.log(content)
 	case archive.ImagesDir + "/files.img":
-		return readImage(size, content, "FILES", i.file)
+		return image.Read(content, size, "FILES", i.file)
 	case archive.ImagesDir + "/pstree.img":
-		return readImage(size, content, "PSTREE", func(p *pstree.PstreeEntry) { i.pids = append(i.pids, p.GetPid()) })
+		return image.Read(content, size, "PSTREE", func(p *pstree.PstreeEntry) { i.pids = append(i.pids, p.GetPid()) })
 	case archive.ImagesDir + "/filelocks.img":
-		return readImage(size, content, "FILE_LOCKS", func(*filelock.FileLockEntry) { i.locks++ })
+		return image.Read(content, size, "FILE_LOCKS", func(*filelock.FileLockEntry) { i.locks++ })
 	case archive.ImagesDir + "/cgroup.img":
-		return readImage(size, content, "CGROUP", i.cgroups)
+		return image.Read(content, size, "CGROUP", i.cgroups)
 	}
 	return nil
 }
@@ -124,7 +125,7 @@ func (i *Images) List(report *archive.Report) []Need {
 	}
 	config := report.Config
 
-	add("image", "%s", image(config))
+	add("image", "%s", imageName(config))
 	add("runtime", "%s%s; another one may not take its images", runtime(config.Runtime), atTheDump(origin.RuntimeVersion))
 	if version := cmp.Or(origin.Criu, i.criu); version != "" {
 		add("criu", "%s or later", Plain(version))
@@ -148,16 +149,22 @@ func (i *Images) List(report *archive.Report) []Need {
 	}
 	i.namespaces(&report.Spec, add)
 	i.mounts(report, add)
+	// crun has its own file in later versions only, with later CRIU.
+	or := func(option string) string {
+		if config.Runtime == "crun" {
+			return ""
+		}
+		return ", or /etc/criu/runc.conf must have the line " + option
+	}
 	if i.connections > 0 {
 		also := ""
 		if len(i.addresses) > 0 {
 			also = "; the container must have the address " + join(i.addresses)
 		}
-		add("tcp", "%s: the restorer must be given --tcp-established, or /etc/criu/runc.conf must have the line tcp-established%s",
-			count(i.connections, "open connection"), also)
+		add("tcp", "%s: the restorer must be given --tcp-established%s%s", count(i.connections, "open connection"), or("tcp-established"), also)
 	}
 	if i.locks > 0 {
-		add("locks", "%s: kept if the restorer is given --file-locks, or /etc/criu/runc.conf has the line file-locks", count(i.locks, "file lock"))
+		add("locks", "%s: to keep them, the restorer must be given --file-locks%s", count(i.locks, "file lock"), or("file-locks"))
 	}
 	return needs
 }
@@ -170,7 +177,7 @@ func runtime(name string) string {
 	return Plain(name)
 }
 
-func image(c archive.Config) string {
+func imageName(c archive.Config) string {
 	name, ref := Plain(c.RootfsImageName), Plain(c.RootfsImageRef)
 	switch {
 	case name == "" && ref == "":

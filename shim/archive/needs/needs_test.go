@@ -17,26 +17,18 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/pstree"
 	skinet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	skopts "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-opts"
-	"github.com/checkpoint-restore/go-criu/v7/magic"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"crishim/shim/archive"
+	"crishim/shim/archive/image"
 )
 
-// imageOf is an image as CRIU writes it.
 func imageOf(t testing.TB, kind string, entries ...proto.Message) string {
 	t.Helper()
-	numbers := magic.LoadMagic().ByName
-	data := binary.LittleEndian.AppendUint32(nil, uint32(numbers["IMG_COMMON"]))
-	data = binary.LittleEndian.AppendUint32(data, uint32(numbers[kind]))
-	for _, entry := range entries {
-		packed, err := proto.Marshal(entry)
-		if err != nil {
-			t.Fatal(err)
-		}
-		data = binary.LittleEndian.AppendUint32(data, uint32(len(packed)))
-		data = append(data, packed...)
+	data, err := image.Write(kind, entries)
+	if err != nil {
+		t.Fatal(err)
 	}
 	return string(data)
 }
@@ -166,7 +158,7 @@ func TestNeeds(t *testing.T) {
 		"locks": {
 			map[string]string{"checkpoint/filelocks.img": imageOf(t, "FILE_LOCKS", &filelock.FileLockEntry{Flag: proto.Uint32(1), Type: proto.Uint32(1),
 				Pid: proto.Int32(1), Fd: proto.Int32(3), Start: proto.Int64(0), Len: proto.Int64(0)})},
-			[]string{"locks: 1 file lock: kept if the restorer is given --file-locks, or /etc/criu/runc.conf has the line file-locks"},
+			[]string{"locks: 1 file lock: to keep them, the restorer must be given --file-locks, or /etc/criu/runc.conf must have the line file-locks"},
 		},
 		"the machine's namespaces": {
 			map[string]string{"spec.dump": `{"linux":{"namespaces":[{"type":"mount"}]},"mounts":[{"destination":"/data","source":"/srv/data","options":["rbind"]},

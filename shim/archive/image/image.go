@@ -1,0 +1,84 @@
+// Package image reads and writes image files of CRIU's: those that are a list of protobufs of one kind, with nothing in between.
+//
+// go-criu's crit does so, too, for files on disk whose sizes it takes for true. Here they come out of archives that nobody
+// vouches for.
+package image
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/checkpoint-restore/go-criu/v7/magic"
+	"google.golang.org/protobuf/proto"
+)
+
+// Bounds in bytes. files.img has about a hundred for each open file, and cgroup.img has one entry, with some hundred for each cgroup.
+const (
+	maxImage = 256 << 20
+	maxEntry = 16 << 20
+)
+
+// Entry is a pointer to a protobuf.
+type Entry[T any] interface {
+	*T
+	proto.Message
+}
+
+// Read calls use for each entry of an image of size bytes. kind is what CRIU calls its magic number, such as "FILES". On a file, two
+// magic numbers are followed by the entries, each with its size in front, all in little endian.
+func Read[T any, E Entry[T]](r io.Reader, size int64, kind string, use func(E)) error {
+	if size > maxImage {
+		return fmt.Errorf("it has %d bytes: %d are the most that make sense", size, maxImage)
+	}
+	numbers := magic.LoadMagic().ByName
+	input := bufio.NewReader(r)
+	var head [2]uint32
+	if err := binary.Read(input, binary.LittleEndian, &head); err != nil {
+		return fmt.Errorf("this is no image of CRIU's: %w", err)
+	}
+	if uint64(head[0]) != numbers["IMG_COMMON"] || uint64(head[1]) != numbers[kind] {
+		return fmt.Errorf("this is no image of CRIU's for %s", kind)
+	}
+	for {
+		var size uint32
+		err := binary.Read(input, binary.LittleEndian, &size)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err == nil && size > maxEntry {
+			err = fmt.Errorf("an entry of %d bytes", size)
+		}
+		if err != nil {
+			return fmt.Errorf("read image: %w", err)
+		}
+		data := make([]byte, size)
+		if _, err := io.ReadFull(input, data); err != nil {
+			return fmt.Errorf("read image: %w", err)
+		}
+		entry := E(new(T))
+		// A newer CRIU may have values in it for which there is no name here.
+		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data, entry); err != nil {
+			return fmt.Errorf("read image: %w", err)
+		}
+		use(entry)
+	}
+}
+
+// Write returns an image of these entries. What Read did not know of them, because CRIU is newer, is kept.
+func Write[E proto.Message](kind string, entries []E) ([]byte, error) {
+	numbers := magic.LoadMagic().ByName
+	data := binary.LittleEndian.AppendUint32(nil, uint32(numbers["IMG_COMMON"]))
+	data = binary.LittleEndian.AppendUint32(data, uint32(numbers[kind]))
+	for _, entry := range entries {
+		packed, err := proto.MarshalOptions{AllowPartial: true}.Marshal(entry)
+		if err != nil {
+			return nil, fmt.Errorf("write image: %w", err)
+		}
+		data = binary.LittleEndian.AppendUint32(data, uint32(len(packed)))
+		data = append(data, packed...)
+	}
+	return data, nil
+}
