@@ -3,7 +3,6 @@ package criu
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,6 +11,8 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	remapfilepath "github.com/checkpoint-restore/go-criu/v7/crit/images/remap-file-path"
+
+	"crishim/criu/image"
 )
 
 // A file that is open, was deleted under the name by which it was opened and still has another, gets one more from CRIU for the length of
@@ -21,13 +22,10 @@ import (
 // checkLinks fails if CRIU has put such a name where its caller does not take it from: in a volume.
 func (d Dump) checkLinks() error {
 	links := make(map[uint32]uint32) // from the added name to the deleted one, by the ids that CRIU gives to files
-	err := d.readImage("remap-fpath.img", func(file io.Reader) error {
-		message := func() *remapfilepath.RemapFilePathEntry { return &remapfilepath.RemapFilePathEntry{} }
-		return readImage(file, message, func(entry *remapfilepath.RemapFilePathEntry) {
-			if entry.GetRemapType() == remapfilepath.RemapType_LINKED {
-				links[entry.GetRemapId()] = entry.GetOrigId()
-			}
-		})
+	err := readImage(d, "remap-fpath.img", "REMAP_FPATH", func(entry *remapfilepath.RemapFilePathEntry) {
+		if entry.GetRemapType() == remapfilepath.RemapType_LINKED {
+			links[entry.GetRemapId()] = entry.GetOrigId()
+		}
 	})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -36,12 +34,10 @@ func (d Dump) checkLinks() error {
 		return err
 	}
 	paths := make(map[uint32]string)
-	err = d.readImage("files.img", func(file io.Reader) error {
-		return readImage(file, func() *fdinfo.FileEntry { return &fdinfo.FileEntry{} }, func(entry *fdinfo.FileEntry) {
-			if name := entry.GetReg().GetName(); name != "" {
-				paths[entry.GetId()] = filepath.Join("/", name)
-			}
-		})
+	err = readImage(d, "files.img", "FILES", func(entry *fdinfo.FileEntry) {
+		if name := entry.GetReg().GetName(); name != "" {
+			paths[entry.GetId()] = filepath.Join("/", name)
+		}
 	})
 	if err != nil {
 		return err
@@ -61,13 +57,17 @@ func (d Dump) checkLinks() error {
 	return nil
 }
 
-func (d Dump) readImage(name string, read func(io.Reader) error) error {
+func readImage[T any, E image.Entry[T]](d Dump, name, kind string, use func(E)) error {
 	file, err := os.Open(filepath.Join(descriptorPath(d.Images), name))
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	if err := read(file); err != nil {
+	info, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	if err := image.Read(file, info.Size(), kind, use); err != nil {
 		return fmt.Errorf("read %s: %w", name, err)
 	}
 	return nil

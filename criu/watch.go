@@ -14,6 +14,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fh"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"crishim/criu/image"
 )
 
 // The kernel tells of an inotify or fanotify watch the inode, and not the path. On most file systems CRIU finds the path by a handle of
@@ -40,7 +42,10 @@ func (d Dump) writeWatchCache(ctx context.Context) error {
 		return fmt.Errorf("create %s: %w", watchCache, err)
 	}
 	file := os.NewFile(uintptr(fd), watchCache)
-	err = writeImage(file, "IMG_SERVICE", "IRMAP_CACHE", entries)
+	content, err := image.Write("IRMAP_CACHE", entries)
+	if err == nil {
+		_, err = file.Write(content)
+	}
 	if err := errors.Join(err, file.Close()); err != nil {
 		return fmt.Errorf("write %s: %w", watchCache, err)
 	}

@@ -17,8 +17,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"crishim/criu/image"
 	"crishim/shim/archive"
-	"crishim/shim/archive/image"
 )
 
 const (

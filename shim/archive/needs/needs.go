@@ -20,8 +20,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"crishim/criu/image"
 	"crishim/shim/archive"
-	"crishim/shim/archive/image"
 )
 
 // Need is one thing that a restore asks of a machine.

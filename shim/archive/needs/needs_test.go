@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"crishim/criu/image"
 	"crishim/shim/archive"
-	"crishim/shim/archive/image"
 )
 
 func imageOf(t testing.TB, kind string, entries ...proto.Message) string {

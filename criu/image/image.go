@@ -1,7 +1,7 @@
 // Package image reads and writes image files of CRIU's: those that are a list of protobufs of one kind, with nothing in between.
 //
-// go-criu's crit does so, too, for files on disk whose sizes it takes for true. Here they come out of archives that nobody
-// vouches for.
+// go-criu's crit does so, too, for files on disk whose sizes it takes for true, and cannot be in one program with go-criu's stats: both
+// register the same protobufs. Here images come also out of archives that nobody vouches for.
 package image
 
 import (
@@ -27,7 +27,15 @@ type Entry[T any] interface {
 	proto.Message
 }
 
-// Read calls use for each entry of an image of size bytes. kind is what CRIU calls its magic number, such as "FILES". On a file, two
+// class is the first magic number of an image, and kind the second, by CRIU's name for it, such as "FILES".
+func class(kind string) string {
+	if kind == "IRMAP_CACHE" {
+		return "IMG_SERVICE" // it is in CRIU's working directory, beside the images
+	}
+	return "IMG_COMMON"
+}
+
+// Read calls use for each entry of an image of size bytes. kind is what CRIU calls its magic number, such as "FILES". In the file, two
 // magic numbers are followed by the entries, each with its size in front, all in little endian.
 func Read[T any, E Entry[T]](r io.Reader, size int64, kind string, use func(E)) error {
 	if size > maxImage {
@@ -39,7 +47,7 @@ func Read[T any, E Entry[T]](r io.Reader, size int64, kind string, use func(E)) 
 	if err := binary.Read(input, binary.LittleEndian, &head); err != nil {
 		return fmt.Errorf("this is no image of CRIU's: %w", err)
 	}
-	if uint64(head[0]) != numbers["IMG_COMMON"] || uint64(head[1]) != numbers[kind] {
+	if uint64(head[0]) != numbers[class(kind)] || uint64(head[1]) != numbers[kind] {
 		return fmt.Errorf("this is no image of CRIU's for %s", kind)
 	}
 	for {
@@ -70,7 +78,7 @@ func Read[T any, E Entry[T]](r io.Reader, size int64, kind string, use func(E)) 
 // Write returns an image of these entries. What Read did not know of them, because CRIU is newer, is kept.
 func Write[E proto.Message](kind string, entries []E) ([]byte, error) {
 	numbers := magic.LoadMagic().ByName
-	data := binary.LittleEndian.AppendUint32(nil, uint32(numbers["IMG_COMMON"]))
+	data := binary.LittleEndian.AppendUint32(nil, uint32(numbers[class(kind)]))
 	data = binary.LittleEndian.AppendUint32(data, uint32(numbers[kind]))
 	for _, entry := range entries {
 		packed, err := proto.MarshalOptions{AllowPartial: true}.Marshal(entry)
