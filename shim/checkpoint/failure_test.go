@@ -116,12 +116,7 @@ func TestAStoppedCheckpointLeavesNothing(t *testing.T) {
 				if test.cancel {
 					cancel()
 				}
-				for deadline := time.Now().Add(time.Minute); !held.Aborted(); time.Sleep(5 * time.Millisecond) {
-					if time.Now().After(deadline) {
-						t.Fatal("criu is not told to roll back")
-					}
-				}
-				held.Release()
+				held.RollBack(t)
 			} else if answered.Err() == nil {
 				t.Fatal(err)
 			}

@@ -50,31 +50,22 @@ func establishedConnection(t *testing.T, network runtimeapi.NamespaceMode) {
 		{"without nftables", criuWithoutNftables(t), []string{"nft"}, "-j DROP"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: test.criu, Log: testLog(t)})
-			defer service.Drain(context.Background())
+			service := serviceWith(t, containerd, test.criu)
 			hide(t, test.hidden...)
 			path := location(t)
 			request := &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			result := make(chan error, 1)
-			go func() {
+			held, ended := node.HoldCheckpoint(t, filepath.Dir(path), path, func() error {
 				_, err := service.CheckpointContainer(ctx, request)
-				result <- err
-			}()
-			wait, stop := context.WithTimeout(t.Context(), time.Minute)
-			defer stop()
-			held, err := node.HoldDump(wait, filepath.Dir(path))
-			if err != nil {
-				t.Fatal(err, <-result)
-			}
-			defer held.Release()
+				return err
+			})
 			if during := rules(t, pid); !strings.Contains(during, test.lock) {
 				t.Errorf("in the middle of the dump the network has no %q:\n%s", test.lock, during)
 			}
 			cancel()
-			held.Release()
-			if err := <-result; status.Code(err) != codes.Canceled {
+			held.RollBack(t)
+			if err := <-ended; status.Code(err) != codes.Canceled {
 				t.Errorf("error is %v, want Canceled", err)
 			}
 			unlocked(t, pid)
@@ -91,8 +82,7 @@ func establishedConnection(t *testing.T, network runtimeapi.NamespaceMode) {
 		})
 	}
 	t.Run("without either", func(t *testing.T) {
-		service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: criuWithoutNftables(t), Log: testLog(t)})
-		defer service.Drain(context.Background())
+		service := serviceWith(t, containerd, criuWithoutNftables(t))
 		hide(t, iptables...)
 		path := location(t)
 		_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
@@ -116,8 +106,7 @@ func TestAConnectionThatComesLast(t *testing.T) {
 	dir := t.TempDir()
 	started, may := filepath.Join(dir, "started"), filepath.Join(dir, "may")
 	criu := standIn(t, "swrk*) touch "+started+"; until [ -e "+may+" ]; do sleep 0.01; done ;;")
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: criu, Log: testLog(t)})
-	defer service.Drain(context.Background())
+	service := serviceWith(t, containerd, criu)
 	path := location(t)
 	result := make(chan error, 1)
 	go func() {
@@ -158,6 +147,16 @@ func TestAConnectionThatComesLast(t *testing.T) {
 	if images := members(t, path); images["checkpoint/tcp-stream-"] != 1 {
 		t.Errorf("the archive has %d connections, want one: %v", images["checkpoint/tcp-stream-"], images)
 	}
+}
+
+// serviceWith is the checkpoint service with a certain criu.
+func serviceWith(t *testing.T, containerd *node.Client, criu string) *checkpoint.Service {
+	t.Helper()
+	service := checkpoint.New(checkpoint.Config{
+		Runtime: containerd.Runtime, Images: containerd.Images, Criu: criu, Version: "test", Log: testLog(t),
+	})
+	t.Cleanup(func() { service.Drain(context.Background()) })
+	return service
 }
 
 // iptables are the programs of that name which criu may run.

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -20,42 +19,10 @@ import (
 	"crishim/test/node"
 )
 
-// hold makes a checkpoint in the background, and holds its dump in the middle until the test releases it, or ends. A dump that was
-// over before that is made once more.
+// hold makes a checkpoint of a node and holds its dump, see node.HoldCheckpoint.
 func hold(t *testing.T, n *node.Node, dir string, checkpoint func() error) (held *node.HeldDump, ended <-chan error) {
 	t.Helper()
-	for range 5 {
-		ctx, cancel := context.WithCancel(t.Context())
-		result := make(chan error, 1)
-		go func() {
-			defer cancel()
-			result <- checkpoint()
-		}()
-		held, err := node.HoldDump(ctx, n.Path(dir))
-		if err == nil {
-			t.Cleanup(held.Release)
-			return held, result
-		}
-		if failed := <-result; failed != nil {
-			t.Fatal(errors.Join(err, failed))
-		}
-		if err := os.RemoveAll(n.Path(archived)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Fatal("each dump was over before it could be held")
-	return nil, nil
-}
-
-// rollBack waits until crishim has told a held dump to roll back, and lets it.
-func rollBack(t *testing.T, held *node.HeldDump) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !held.Aborted(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("criu is not told to roll back")
-		}
-	}
-	held.Release()
+	return node.HoldCheckpoint(t, n.Path(dir), n.Path(archived), checkpoint)
 }
 
 // unharmed fails the test unless, within 5 s, all of a node's workloads run untraced and thawed, no criu and no helper is left, and
@@ -175,7 +142,7 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 			return err
 		})
 		cancel()
-		rollBack(t, held)
+		held.RollBack(t)
 		if err := <-ended; err == nil {
 			t.Error("the checkpoint succeeded, although its client had hung up")
 		}
@@ -209,7 +176,7 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 			return err
 		})
 		n.Daemon("crishim").Kill()
-		rollBack(t, held)
+		held.RollBack(t)
 		unharmed(t, n, checkpoints, output)
 		if err := <-ended; err == nil {
 			t.Error("the checkpoint succeeded, although crishim was dead")

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -49,6 +50,33 @@ func HoldDump(ctx context.Context, dir string) (*HeldDump, error) {
 	}
 }
 
+// HoldCheckpoint makes a checkpoint in the background, with its dump below dir, and holds that until the test releases it, or ends. One
+// that was over before it could be held is made again, once its archive is removed. What checkpoint returns is received from ended.
+func HoldCheckpoint(t testing.TB, dir, archive string, checkpoint func() error) (held *HeldDump, ended <-chan error) {
+	t.Helper()
+	for range 5 {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		result := make(chan error, 1)
+		go func() {
+			defer cancel()
+			result <- checkpoint()
+		}()
+		held, err := HoldDump(ctx, dir)
+		if err == nil {
+			t.Cleanup(held.Release)
+			return held, result
+		}
+		if failed := <-result; failed != nil {
+			t.Fatal(errors.Join(err, failed))
+		}
+		if err := os.RemoveAll(archive); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("each dump was over before it could be held: dump more memory")
+	return nil, nil
+}
+
 // Release lets criu go on. It may be called more than once, also when criu has ended.
 func (d *HeldDump) Release() { _ = unix.Kill(d.pid, unix.SIGCONT) }
 
@@ -57,6 +85,17 @@ func (d *HeldDump) Aborted() bool {
 	var limit unix.Rlimit
 	err := unix.Prlimit(d.pid, unix.RLIMIT_FSIZE, nil, &limit)
 	return err == nil && limit.Cur == 0
+}
+
+// RollBack waits until crishim has told criu to roll back, and lets it.
+func (d *HeldDump) RollBack(t testing.TB) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !d.Aborted(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("criu is not told to roll back")
+		}
+	}
+	d.Release()
 }
 
 func waitDump(ctx context.Context, dir string) (pid int, err error) {
