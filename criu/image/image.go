@@ -67,7 +67,7 @@ func Read[T any, E Entry[T]](r io.Reader, size int64, kind string, use func(E)) 
 			return fmt.Errorf("read image: %w", err)
 		}
 		entry := E(new(T))
-		// A newer CRIU may have values in it for which there is no name here.
+		// Which fields an entry must have is for CRIU to say.
 		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data, entry); err != nil {
 			return fmt.Errorf("read image: %w", err)
 		}

@@ -66,7 +66,7 @@ type checkpoint struct {
 // dump checkpoints a container that counts.
 func dump(t *testing.T, n *node.Node, c *node.Container, name string) checkpoint {
 	t.Helper()
-	cp := checkpoint{path: "/data/" + name + ".tar"}
+	cp := checkpoint{path: "/data/checkpoint-" + name + ".tar"}
 	cp.before = node.WaitCount(t, 5, c.Log)
 	if _, err := dial(t, n).Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: cp.path}); err != nil {
 		t.Fatal(err)

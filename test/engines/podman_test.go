@@ -2,8 +2,6 @@ package engines
 
 import (
 	"os"
-	"path/filepath"
-	"strings"
 	"testing"
 
 	"crishim/test/node"
@@ -11,45 +9,56 @@ import (
 
 func TestPodman(t *testing.T) {
 	first := start(t, node.Options{})
-	second := start(t, node.Options{Root: node.Podman, Hostname: "second"})
-	preparePodman(t, second)
+	second := startPodman(t)
 	for _, runtime := range []string{"runc", "crun"} {
 		t.Run(runtime, func(t *testing.T) {
-			original := dial(t, first).Run(t, node.Spec{Image: image, Handler: runtime})
+			original := dial(t, first).Run(t, node.Spec{Image: image, Handler: runtime, Command: []string{"/bin/workload", "tcp"}})
 			exec(t, original, changes)
 			cp := dump(t, first, original, runtime)
 			want := exec(t, original, state)
 			send(t, first, second, cp)
-
 			archive := "/data/" + runtime + "-podman.tar"
 			output(t, second, crishim, "convert", "--to", "podman", cp.path, archive)
-			output(t, second, crishim, "verify", archive)
-			id, err := second.Output(t.Context(), "podman", "container", "restore", "--import", archive)
-			if err != nil {
-				t.Log(err)
-				t.Fatal(output(t, second, "sh", "-c", "cd /data/containers/overlay-containers/*/userdata; grep -E 'Error|Warn' restore.log | tail; tail -5 restore.log"))
-			}
-			id = strings.TrimSpace(id)
+			sound(t, second, archive)
+
+			id := podmanRestore(t, second, archive, "--tcp-established")
 			goesOn(t, cp, func() (string, error) { return second.Output(t.Context(), "podman", "logs", id) })
-			got := output(t, second, "podman", "exec", id, "/bin/sh", "-c", state) + "\n"
-			if got != want {
+			if got := output(t, second, "podman", "exec", id, "/bin/sh", "-c", state) + "\n"; got != want {
 				t.Errorf("files are\n%swant\n%s", got, want)
 			}
 			output(t, second, "podman", "rm", "--force", "--time", "1", id)
 		})
 	}
+	t.Run("takes the OCI image, too", func(t *testing.T) {
+		name := output(t, second, crishim, "convert", "--to", "oci", "--name", "localhost/test/counter:1", "/data/checkpoint-runc.tar", "/data/image.tar")
+		output(t, second, "podman", "load", "--input", "/data/image.tar")
+		got := output(t, second, "podman", "image", "inspect", "--format", `{{index .Annotations "io.kubernetes.cri-o.annotations.checkpoint.name"}}`, name)
+		if got != "test" {
+			t.Errorf("the image's annotation is %q, want the container's name", got)
+		}
+	})
 }
 
-// preparePodman lets podman pull from the node's registry, and keep its images where overlay can.
-func preparePodman(t *testing.T, n *node.Node) {
+// startPodman starts a node with podman, which pulls from the node's registry, and keeps its images where overlay can.
+func startPodman(t *testing.T) *node.Node {
 	t.Helper()
+	n := start(t, node.Options{Root: node.Podman, Hostname: "second"})
 	for path, content := range map[string]string{
 		"/etc/containers/registries.conf.d/node.conf": "[[registry]]\nlocation = \"127.0.0.1:5000\"\ninsecure = true\n",
 		"/etc/containers/storage.conf":                "[storage]\ndriver = \"overlay\"\ngraphroot = \"/data/containers\"\nrunroot = \"/run/containers\"\n",
 	} {
-		os.MkdirAll(filepath.Dir(n.Path(path)), 0o755)
 		if err := os.WriteFile(n.Path(path), []byte(content), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return n
+}
+
+// podmanRestore restores an archive and returns the container's ID. An error has what CRIU's log has of them.
+func podmanRestore(t *testing.T, n *node.Node, archive string, options ...string) string {
+	t.Helper()
+	return output(t, n, "sh", append([]string{"-c", `podman container restore --import "$@" || {
+		grep -h 'Error (' /data/containers/overlay-containers/*/userdata/restore.log >&2
+		exit 1
+	}`, "sh", archive}, options...)...)
 }
