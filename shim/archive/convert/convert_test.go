@@ -22,8 +22,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 
+	"crishim/criu/image"
 	"crishim/shim/archive"
-	"crishim/shim/archive/image"
 )
 
 func must(t *testing.T, err error) {
