@@ -28,6 +28,7 @@ func kinds() map[string]kind {
 		"mapped-private": mappedPrivate,
 		"mapped-shared":  mappedShared,
 		"memfd":          memfd,
+		"swapped":        swapped,
 		"hugetlb":        hugetlb,
 		"protections":    protections,
 		"shared-memory":  sharedMemory,

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -189,9 +190,12 @@ func many(dir, argument string) error {
 	return nil
 }
 
-// content makes files in the directory ARGUMENT, a mount for example; its state is the tree there. In a read-only one it takes
+// content makes files in the directory ARGUMENT, in a mount for example; its state is the tree there. In a read-only one it takes
 // those that there are.
 func content(dir string) (func() (string, error), error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
 	file := filepath.Join(dir, "content")
 	err := os.WriteFile(file, []byte(dir), 0o640)
 	if errors.Is(err, syscall.EROFS) {
@@ -202,15 +206,17 @@ func content(dir string) (func() (string, error), error) {
 		os.Symlink("content", filepath.Join(dir, "link")), syscall.Mkfifo(filepath.Join(dir, "sub", "fifo"), 0o600))
 }
 
-// deleted is an open file of ARGUMENT bytes that has no name any more.
+// deleted is an open file that has no name any more; ARGUMENT is its size in bytes or, with a comma between them, that and the
+// directory that it was in.
 func deleted(argument string) (func() (string, error), error) {
-	size, err := strconv.Atoi(argument)
+	bytes, parent, _ := strings.Cut(argument, ",")
+	size, err := strconv.Atoi(bytes)
 	if err != nil {
 		return nil, err
 	}
 	data := make([]byte, size)
 	noise(data, 14)
-	return opened(func(dir string) (int, error) {
+	return opened(parent, func(dir string) (int, error) {
 		path := filepath.Join(dir, "deleted")
 		if err := os.WriteFile(path, data, 0o640); err != nil {
 			return 0, err
@@ -222,7 +228,7 @@ func deleted(argument string) (func() (string, error), error) {
 
 // deletedName is an open file that was deleted under the name that it was opened by, and has another.
 func deletedName(string) (func() (string, error), error) {
-	return opened(func(dir string) (int, error) {
+	return opened("", func(dir string) (int, error) {
 		path := filepath.Join(dir, "deleted")
 		err := errors.Join(os.WriteFile(path, []byte("has another name\n"), 0o640), os.Link(path, filepath.Join(dir, "other")))
 		if err != nil {
@@ -235,7 +241,7 @@ func deletedName(string) (func() (string, error), error) {
 
 // renamed is an open file that has another name than the one by which it was opened, under which there is another file.
 func renamed(string) (func() (string, error), error) {
-	return opened(func(dir string) (int, error) {
+	return opened("", func(dir string) (int, error) {
 		path := filepath.Join(dir, "file")
 		if err := os.WriteFile(path, []byte("renamed\n"), 0o640); err != nil {
 			return 0, err
@@ -247,7 +253,7 @@ func renamed(string) (func() (string, error), error) {
 
 // replaced is an open file that was deleted, where there is another of its name.
 func replaced(string) (func() (string, error), error) {
-	return opened(func(dir string) (int, error) {
+	return opened("", func(dir string) (int, error) {
 		path := filepath.Join(dir, "file")
 		if err := os.WriteFile(path, []byte("replaced\n"), 0o640); err != nil {
 			return 0, err
@@ -259,16 +265,16 @@ func replaced(string) (func() (string, error), error) {
 
 // imageFile is an open file of the image that was changed after it had been opened.
 func imageFile(string) (func() (string, error), error) {
-	return opened(func(string) (int, error) {
+	return opened("", func(string) (int, error) {
 		const path = "/lower/owned/file"
 		fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 		return fd, errors.Join(err, os.WriteFile(path, []byte("changed since the image\n"), 0o600))
 	})
 }
 
-// opened is a descriptor of a file; open makes it in a new directory.
-func opened(open func(dir string) (int, error)) (func() (string, error), error) {
-	dir, err := os.MkdirTemp("/", "opened-")
+// opened is a descriptor of a file; open makes it in a new directory below parent, which is the root if it is empty.
+func opened(parent string, open func(dir string) (int, error)) (func() (string, error), error) {
+	dir, err := os.MkdirTemp(cmp.Or(parent, "/"), "opened-")
 	if err != nil {
 		return nil, err
 	}

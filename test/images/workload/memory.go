@@ -3,12 +3,14 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -42,6 +44,38 @@ func memory(argument string) (func() (string, error), error) {
 	}
 	noise(memory, 1)
 	return func() (string, error) { return sum(memory), nil }, nil
+}
+
+// swapped is private memory of ARGUMENT MiB that is not in memory, but swapped out.
+func swapped(argument string) (func() (string, error), error) {
+	size, err := strconv.Atoi(argument)
+	if err != nil {
+		return nil, err
+	}
+	memory, err := syscall.Mmap(-1, 0, size*megabyte, readable, syscall.MAP_ANON|syscall.MAP_PRIVATE)
+	if err != nil {
+		return nil, err
+	}
+	noise(memory, 16)
+	const pageOut = 21
+	swap := func() (map[string]string, error) {
+		if err := syscall.Madvise(memory, pageOut); err != nil {
+			return nil, fmt.Errorf("swap out: %w", err)
+		}
+		return mappingOf(memory)
+	}
+	mapping, err := swap()
+	if err != nil {
+		return nil, err
+	}
+	if mapping["Swap"] == "0 kB" {
+		return nil, errors.New("nothing was swapped out")
+	}
+	return func() (string, error) {
+		state := sum(memory)
+		_, err := swap() // to look at it has brought it back
+		return state, err
+	}, nil
 }
 
 // hugetlb is memory in ARGUMENT huge pages of 2 MiB.
@@ -97,9 +131,9 @@ func mappedPrivate(string) (func() (string, error), error) {
 	}, nil
 }
 
-// mappedShared is a file that is mapped for changes that go into it.
-func mappedShared(string) (func() (string, error), error) {
-	const name = "/var/mapped-shared"
+// mappedShared is a file in the directory ARGUMENT, or in /var, that is mapped for changes that go into it.
+func mappedShared(argument string) (func() (string, error), error) {
+	name := filepath.Join(cmp.Or(argument, "/var"), "mapped-shared")
 	file, _, err := makeFile(name, 4)
 	if err != nil {
 		return nil, err
