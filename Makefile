@@ -34,7 +34,7 @@ unit: ## the quick tests: no root, no node
 	timeout 10m $(GO) test -race $(PACKAGES)
 
 .PHONY: test
-test: setup lint build test-node test-e2e ## all tests; as root, installs what it needs
+test: setup lint build test-node test-e2e test-matrix ## all tests; as root, installs what it needs
 
 # The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; and what knows of cgroups once more
 # where there is cgroup v2 alone.
@@ -49,7 +49,18 @@ test-node: bin/testnode
 .PHONY: test-e2e
 test-e2e: bin/testnode
 	bin/testnode build
-	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m ./test/... | test/no-skips.sh
+	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -v /test/matrix) | test/no-skips.sh
+
+# Each kind of container that docs/compatibility.md names, with runc and crun, on cgroup v1 and v2.
+.PHONY: test-matrix
+test-matrix: bin/testnode
+	bin/testnode build
+	timeout 25m $(GO) test -count=1 -race -v -timeout 24m ./test/matrix | test/no-skips.sh
+
+.PHONY: compatibility
+compatibility: bin/testnode ## write docs/compatibility.md anew, from what the tests see
+	bin/testnode build
+	timeout 25m $(GO) test -count=1 -v -timeout 24m ./test/matrix -update | test/no-skips.sh
 
 .PHONY: demo
 demo: setup build ## show the main job on a real node; as root, installs what it needs

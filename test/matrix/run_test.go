@@ -384,10 +384,3 @@ func (s *site) moveVolumes(ctx context.Context, r row, dir string) (map[string]s
 	}
 	return volumes, nil
 }
-
-// lastPid has the first node's process ids go on from a number.
-func (s *site) lastPid(pid int) error {
-	// The parameter is that of the process namespace that it is written in.
-	_, err := s.first.Output(context.Background(), "sh", "-c", fmt.Sprintf("echo %d >/proc/sys/kernel/ns_last_pid", pid))
-	return err
-}

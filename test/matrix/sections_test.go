@@ -47,6 +47,9 @@ func processRows() []row {
 			step: starting, unless: hugePages(), reason: "No huge pages are reserved (vm.nr_hugepages): there is nothing to checkpoint.",
 			text: "map huge pages: cannot allocate memory",
 		}}},
+		{name: "swapped memory", what: "16 MiB that are swapped out at the dump", kinds: []string{"swapped=16"}, limits: []limit{{
+			step: starting, unless: swap(), reason: "Nothing can be swapped out: there is nothing to checkpoint.", text: "nothing was swapped out",
+		}}},
 		{name: "timers", what: "setitimer and timer_create: armed for an hour, and ticking", kinds: []string{"timers"}},
 		{name: "alarm", what: "setitimer without an interval", kinds: []string{"alarm"}},
 		{name: "signals", what: "pending ones, queued with values; blocked, caught and ignored ones", kinds: []string{"pending", "dispositions"}},
@@ -68,11 +71,11 @@ func descriptorRows() []row {
 		{name: "locks", what: "flock, fcntl of a process and of an open file", kinds: []string{"locks"}},
 		{name: "pseudoterminals", what: "both ends; the terminal of a session", kinds: []string{"ptys"}},
 		{name: "unix sockets", what: "pairs of each type with data in them; listening and connected by name", kinds: []string{"unix"}},
-		{name: "peer's name of a unix connection", what: "", kinds: []string{"peer-name"}, limits: []limit{{
+		{name: "peer's name of a unix connection", what: "what getpeername says", kinds: []string{"peer-name"}, limits: []limit{{
 			step: restoring, reason: "CRIU connects the two ends without their names.", text: `was "peer \"@peer\"", is "peer \"@\""`,
 		}}},
-		{name: "unix connection not accepted yet", what: "", kinds: []string{"waiting"}},
-		{name: "unix connection not accepted yet, with data", what: "", kinds: []string{"waiting=data"}, limits: []limit{{
+		{name: "unix connection not accepted yet", what: "in the backlog of a listening socket", kinds: []string{"waiting"}},
+		{name: "unix connection not accepted yet, with data", what: "the same, and data was sent", kinds: []string{"waiting=data"}, limits: []limit{{
 			step: dumping, reason: "CRIU cannot dump what was sent before the connection is accepted.", text: "Non-empty write queue on an in-flight socket",
 		}}},
 		{name: "descriptor in a message", what: "sent over a unix socket and not received yet", kinds: []string{"passing"}},
@@ -107,7 +110,7 @@ func securityRows() []row {
 				s.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_RuntimeDefault}
 				s.MaskedPaths, s.ReadonlyPaths = maskedPaths, readonlyPaths
 			}), limits: []limit{otherUser()}},
-		{name: "read-only root file system", what: "", kinds: []string{"denied=write", "mounts"}, container: security(func(s *cri.LinuxContainerSecurityContext) {
+		{name: "read-only root file system", what: "readOnlyRootFilesystem: true", kinds: []string{"denied=write", "mounts"}, container: security(func(s *cri.LinuxContainerSecurityContext) {
 			s.ReadonlyRootfs = true
 		})},
 		{name: "masked and read-only paths", what: "as Kubernetes has them", kinds: []string{"denied=keys,sysctl,bus", "mounts"}, container: security(func(s *cri.LinuxContainerSecurityContext) {
@@ -130,30 +133,28 @@ func streamRows() []row {
 	return []row{
 		{name: "log", what: "a line each 10 ms to standard output", kinds: []string{"lines"}},
 		{name: "stdin", what: "waiting for a line", kinds: []string{"stdin"}, container: func(c *cri.ContainerConfig) { c.Stdin = true },
-			after: typed("stdin")},
+			after: typed},
 		{name: "tty", what: "its terminal and its session", kinds: []string{"terminal", "stdin"},
-			container: func(c *cri.ContainerConfig) { c.Stdin, c.Tty = true, true }, after: typed("stdin")},
+			container: func(c *cri.ContainerConfig) { c.Stdin, c.Tty = true, true }, after: typed},
 		{name: "running exec", what: "survives in the original, and is not in the archive", kinds: []string{"threads=2"}, during: runningExec, after: noExec},
 	}
 }
 
 // typed types a line, and waits until the workload has read it.
-func typed(kind string) func(context.Context, instance) error {
-	return func(ctx context.Context, restored instance) error {
-		if err := restored.input("typed\n"); err != nil {
+func typed(ctx context.Context, restored instance) error {
+	if err := restored.input("typed\n"); err != nil {
+		return err
+	}
+	for {
+		state, err := ask(ctx, restored)
+		if err != nil {
 			return err
 		}
-		for {
-			state, err := ask(ctx, restored)
-			if err != nil {
-				return err
-			}
-			if strings.Contains(state, "typed was read") {
-				return nil
-			}
-			if err := pause(ctx); err != nil {
-				return fmt.Errorf("the restored container does not read what is typed: %s: %s", kind, state)
-			}
+		if strings.Contains(state, "typed was read") {
+			return nil
+		}
+		if err := pause(ctx); err != nil {
+			return fmt.Errorf("the restored container does not read what is typed: %s", state)
 		}
 	}
 }
@@ -216,7 +217,7 @@ func mountRows() []row {
 			container: func(c *cri.ContainerConfig) { change(c.Linux.SecurityContext.NamespaceOptions) },
 		}
 	}
-	hostPID := namespaces("hostPID", "", func(o *cri.NamespaceOption) { o.Pid = cri.NamespaceMode_NODE }, "family")
+	hostPID := namespaces("hostPID", "a family of processes with the node's process ids", func(o *cri.NamespaceOption) { o.Pid = cri.NamespaceMode_NODE }, "family")
 	hostPID.before = highPids
 	privileged := row{
 		name: "privileged", what: "all capabilities and devices", kinds: []string{"identity", "mounts"},
@@ -225,11 +226,11 @@ func mountRows() []row {
 	}
 	return []row{
 		namespaces("shared process namespace", "shareProcessNamespace", func(o *cri.NamespaceOption) { o.Pid = cri.NamespaceMode_POD }, "family"),
-		namespaces("hostNetwork", "", func(o *cri.NamespaceOption) { o.Network = cri.NamespaceMode_NODE }, "threads=2", "unix"),
+		namespaces("hostNetwork", "unix sockets in the node's network, abstract ones too", func(o *cri.NamespaceOption) { o.Network = cri.NamespaceMode_NODE }, "threads=2", "unix"),
 		hostPID,
-		namespaces("hostIPC", "", func(o *cri.NamespaceOption) { o.Ipc = cri.NamespaceMode_NODE }, "threads=2"),
+		namespaces("hostIPC", "the node's IPC namespace and /dev/shm", func(o *cri.NamespaceOption) { o.Ipc = cri.NamespaceMode_NODE }, "threads=2"),
 		privileged,
-		{name: "emptyDir", what: "with files in it, open and mapped", kinds: []string{"content=/volume", "mounts"},
+		{name: "emptyDir", what: "with files in it, one mapped", kinds: []string{"content=/volume/files", "mapped-shared=/volume", "mounts"},
 			volumes: []volume{{path: "/volume"}}},
 		{name: "hostPath", what: "a directory and a file", kinds: []string{"content=/host", "tree=/host-file", "mounts"},
 			volumes: []volume{{path: "/host", prepare: withFiles}, {path: "/host-file", prepare: withFiles, sub: "file"}}},
@@ -248,7 +249,7 @@ func mountRows() []row {
 			volumes: []volume{{path: "/volume", prepare: submount}}},
 		{name: "memory volume", what: "emptyDir with medium: Memory", kinds: []string{"content=/memory", "mounts"},
 			volumes: []volume{{path: "/memory", prepare: memoryVolume}}},
-		{name: "/dev/shm", what: "with content", kinds: []string{"content=/dev/shm", "mounts"}},
+		{name: "POSIX shared memory", what: "/dev/shm with content, a file of it mapped", kinds: []string{"content=/dev/shm/files", "mapped-shared=/dev/shm", "mounts"}},
 		{name: "tmpfs", what: "mounted by the container itself", kinds: []string{"tmpfs=/mnt/tmpfs", "mounts"}, container: func(c *cri.ContainerConfig) {
 			c.Linux.SecurityContext.Capabilities = &cri.Capability{AddCapabilities: []string{"SYS_ADMIN"}}
 		}},
@@ -258,10 +259,10 @@ func mountRows() []row {
 	}
 }
 
-// highPids has the first node give pids that are free on the second.
-func highPids(_ context.Context, s *site) error {
-	// Containers start some dozens of processes each.
-	return s.lastPid(50_000)
+// highPids has the first node give pids that are free on the second: they go on from a number that the second does not reach.
+func highPids(ctx context.Context, s *site) error {
+	_, err := s.first.Output(ctx, "sh", "-c", "echo 50000 >/proc/sys/kernel/ns_last_pid")
+	return err
 }
 
 func withFiles(_ context.Context, n *node.Node, source string) error {
@@ -305,25 +306,37 @@ func fileRows() []row {
 	return []row{
 		plain("changes to the image", "changed, deleted, renamed, replaced; opaque directories; a directory for a file and the reverse", "changes"),
 		plain("special files", "device nodes, FIFOs, hard links, symbolic links", "special"),
-		plain("sparse files", "", "sparse"),
+		{name: "sparse files", what: "of 64 MiB, with gaps between data, at the end, and nothing else", kinds: []string{"sparse"}, limits: []limit{{
+			step: restoring, reason: "Their gaps are written out.", text: "sparse false",
+		}}},
 		plain("extended attributes", "file capabilities, access control lists, a user's", "attributes"),
 		plain("owners and modes", "setuid, sticky, large numbers, no permissions", "owners"),
 		plain("names", "newlines, quotes, 255 bytes, not UTF-8", "names"),
 		plain("deep tree", "a path of nearly 4096 bytes", "deep"),
-		plain("100,000 files", "", "many=100000"),
-		plain("deleted open file", "", "deleted=5000"),
-		plain("large deleted open file", "100 MiB", "deleted=104857600"),
-		plain("deleted open file with another name", "", "deleted-name"),
+		plain("100,000 files", "in 100 directories", "many=100000"),
+		plain("deleted open file", "of some kilobytes", "deleted=5000"),
+		plain("large deleted open file", "of 100 MiB", "deleted=104857600"),
+		{name: "deleted open file of a volume", what: "of some kilobytes", kinds: []string{"deleted=5000,/volume"}, volumes: []volume{{path: "/volume"}}},
+		plain("deleted open file with another name", "a hard link", "deleted-name"),
 		plain("renamed open file", "another one has its name", "renamed"),
 		plain("replaced open file", "another one has its name", "replaced"),
-		plain("changed open file of the image", "", "image-file"),
-		plain("deleted working directory", "", "working-directory"),
+		plain("changed open file of the image", "changed after it had been opened for reading", "image-file"),
+		plain("deleted working directory", "of a child", "working-directory"),
 	}
 }
 
-func hugePages() *condition {
+func hugePages() *condition { return &condition{"huge pages", meminfo("HugePages_Free")} }
+
+func swap() *condition { return &condition{"swap", meminfo("SwapFree")} }
+
+// meminfo says whether the machine has any of something.
+func meminfo(key string) bool {
 	content, err := os.ReadFile("/proc/meminfo")
-	return &condition{"huge pages on the node", err == nil && !strings.Contains(string(content), "HugePages_Free:        0\n")}
+	if err != nil {
+		return false
+	}
+	_, value, ok := strings.Cut(string(content), key+":")
+	return ok && !strings.HasPrefix(strings.TrimSpace(value), "0")
 }
 
 // otherUser is the limit of containers that are not root's.
@@ -335,6 +348,6 @@ func otherUser() limit {
 		step:   dumping,
 		unless: &condition{"CAP_SYS_RESOURCE", err == nil && sets[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0},
 		reason: "Where the machine does not have this capability, CRIU cannot read the resource limits of another user's process.",
-		text:   "CAP_SYS_RESOURCE is missing on this machine, without which only processes of root can be dumped",
+		text:   "without CAP_SYS_RESOURCE, which this machine lacks, only processes of root can be dumped",
 	}
 }

@@ -47,44 +47,44 @@ func (r row) judge(t *testing.T, c column, o outcome) bool {
 	return !t.Failed()
 }
 
-// table is where rows went as they should.
+// table is where rows went as they should, by row and column.
 type table struct {
 	mu   sync.Mutex
-	seen map[string]map[column]bool
+	good map[string]bool
 }
 
 func (t *table) add(r row, c column, good bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.seen == nil {
-		t.seen = map[string]map[column]bool{}
+	if t.good == nil {
+		t.good = map[string]bool{}
 	}
-	if t.seen[r.name] == nil {
-		t.seen[r.name] = map[column]bool{}
-	}
-	t.seen[r.name][c] = good
+	t.good[fmt.Sprint(r.name, c)] = good
 }
 
-func (t *table) complete() bool {
+// missing is what has not been run, or did not go as it should.
+func (t *table) missing() []string {
+	var missing []string
 	for _, section := range sections() {
 		for _, row := range section.rows {
 			for _, c := range columns {
-				if !t.seen[row.name][c] {
-					return false
+				if !t.good[fmt.Sprint(row.name, c)] {
+					missing = append(missing, fmt.Sprintf("%s on %s and cgroup %s", row.name, c.runtime, c.cgroup))
 				}
 			}
 		}
 	}
-	return true
+	return missing
 }
 
-// compare compares the document with what was seen, as far as rows were run, or writes it.
+// compare compares the document with what was seen, or writes it. Every row that has run went as its limits, or their absence,
+// say: so the document is what follows from the rows.
 func (t *table) compare(test *testing.T) {
 	test.Helper()
 	whole := render()
 	if *update {
-		if !t.complete() {
-			test.Fatal("-update: only a run of all rows can write the table")
+		if missing := t.missing(); missing != nil {
+			test.Fatalf("-update: only a run of all rows can write the table; missing are %q", missing)
 		}
 		if err := os.WriteFile(document, []byte(whole), 0o644); err != nil {
 			test.Fatal(err)
@@ -95,13 +95,14 @@ func (t *table) compare(test *testing.T) {
 	if err != nil {
 		test.Fatal(err)
 	}
-	if string(content) != whole {
-		for line := range strings.Lines(whole) {
-			if !strings.Contains(string(content), line) {
-				test.Errorf("docs/compatibility.md differs from what was seen; it lacks %q; make compatibility writes it", line)
-				break
-			}
+	if said := string(content); said != whole {
+		n := 0
+		for n < min(len(said), len(whole)) && said[n] == whole[n] {
+			n++
 		}
+		line := strings.Count(whole[:n], "\n")
+		test.Errorf("docs/compatibility.md is not what was seen; make compatibility writes it. It should say in line %d\n%s",
+			line+1, strings.Split(whole, "\n")[line])
 	}
 }
 
@@ -119,7 +120,7 @@ func render() string {
 	b.WriteString(introduction)
 	var notes []string
 	for _, section := range sections() {
-		fmt.Fprintf(&b, "## %s\n\n| container | holds |", section.title)
+		fmt.Fprintf(&b, "## %s\n\n| container | what it holds |", section.title)
 		for _, c := range columns {
 			fmt.Fprintf(&b, " %s %s: dump | restore |", c.runtime, c.cgroup)
 		}
