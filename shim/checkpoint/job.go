@@ -32,7 +32,6 @@ func newJob(location string, features criu.Features, c *container.Container, ima
 			Cgroup:         c.Process.Cgroup,
 			Runtime:        c.Runtime,
 			Rootfs:         c.Rootfs,
-			UpperDir:       c.UpperDir,
 			Freezer:        c.Freezer,
 			ExternalMounts: c.ExternalMounts,
 			MaskedFiles:    c.MaskedFiles,
@@ -40,6 +39,9 @@ func newJob(location string, features criu.Features, c *container.Container, ima
 			Log:            c.Log,
 			Shm:            c.Shm,
 		},
+	}
+	if l := c.Layer; l != nil {
+		job.Container.Layer = &crishimv1.Layer{Upper: l.Upper, Lower: l.Lower, UserXattr: l.UserXattr}
 	}
 	for _, ns := range c.SharedNamespaces {
 		job.Container.SharedNamespaces = append(job.Container.SharedNamespaces,

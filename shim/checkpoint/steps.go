@@ -203,7 +203,7 @@ func (c *capture) run(ctx context.Context) error {
 
 func (c *capture) rootfs(ctx context.Context) error {
 	var deleted []string
-	if path := c.container.GetUpperDir(); path != "" {
+	if path := c.container.GetLayer().GetUpper(); path != "" {
 		upper, err := os.OpenFile(path, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return err

@@ -42,8 +42,8 @@ type Container struct {
 	RuntimeBinary string
 	// Rootfs is the root file system, mounted.
 	Rootfs string
-	// UpperDir is the upper directory of the overlay at Rootfs; empty where nothing can be written to it.
-	UpperDir string
+	// Layer is the writable layer of the overlay at Rootfs, nil where nothing can be written to it.
+	Layer *Layer
 	// Freezer is the container's directory in the cgroup hierarchy that has the freezer.
 	Freezer string
 	// SharedNamespaces are the network and process namespaces that the spec names by a path. CRIU makes others anew.
@@ -125,7 +125,7 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 	}
 	c.Runtime, c.Descriptors = state.runtime, state.descriptors
 	c.RuntimeBinary = options.BinaryName
-	if err := c.describeMounts(spec); err != nil {
+	if err := c.describeMounts(spec, info.Snapshotter); err != nil {
 		return nil, err
 	}
 	if c.SharedNamespaces, err = sharedNamespaces(info.Pid, spec.Linux.Namespaces); err != nil {

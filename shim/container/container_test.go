@@ -10,7 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -398,32 +397,6 @@ func TestFrozen(t *testing.T) {
 	}
 	if _, err := frozen(t.TempDir()); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a cgroup that is gone: error is %v, want ErrNotExist", err)
-	}
-}
-
-func TestUpperDir(t *testing.T) {
-	upper := t.TempDir()
-	tests := []struct {
-		name, fsType, options, dir, want string
-		is                               error
-	}{
-		{"overlay", "overlay", "rw,lowerdir=/l,upperdir=" + upper + ",workdir=/w", upper, "", nil},
-		{"overlay without one", "overlay", "ro,lowerdir=/l:/m", "", "", nil},
-		{"relative", "overlay", "rw,upperdir=u", "", "relative", ErrUnsupported},
-		{"of another mount namespace", "overlay", "rw,upperdir=" + filepath.Join(upper, "gone"), "", "crishim must see", nil},
-		{"btrfs", "btrfs", "rw", "", "use the snapshotter overlayfs", ErrUnsupported},
-	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			dir, err := upperDir(&mountinfo.Info{FSType: test.fsType, VFSOptions: test.options})
-			checkError(t, err, test.want, test.is)
-			if dir != test.dir {
-				t.Errorf("got %q, want %q", dir, test.dir)
-			}
-		})
-	}
-	if _, err := upperDir(nil); err == nil {
-		t.Error("no error without a root")
 	}
 }
 

@@ -96,8 +96,16 @@ func TestDescribe(t *testing.T) {
 			if _, err := running.Exec(t.Context(), "touch", "/written"); err != nil {
 				t.Fatal(err)
 			}
-			for _, dir := range []string{c.UpperDir, c.Rootfs} {
+			for _, dir := range []string{c.Layer.Upper, c.Rootfs} {
 				if _, err := os.Stat(filepath.Join(dir, "written")); err != nil {
+					t.Error(err)
+				}
+			}
+			if len(c.Layer.Lower) == 0 {
+				t.Error("no lower directories")
+			}
+			for _, dir := range c.Layer.Lower {
+				if _, err := os.Stat(filepath.Join(dir, "bin/workload")); err != nil {
 					t.Error(err)
 				}
 			}
@@ -172,6 +180,26 @@ func TestPaused(t *testing.T) {
 				t.Errorf("a container that is gone gives %v, want ErrNotRunning", err)
 			}
 		})
+	}
+}
+
+// A privileged container mounts over its own root.
+func TestDescribeAMountOverTheRoot(t *testing.T) {
+	client := node.Containerd(t)
+	running := client.Run(t, node.Spec{
+		Pod:       func(p *cri.PodSandboxConfig) { p.Linux.SecurityContext.Privileged = true },
+		Container: func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true },
+	})
+	if _, err := running.Exec(t.Context(), "/bin/sh", "-c", "echo mine >/root/mine; mkdir /tmp/m; mount -t tmpfs t /tmp/m; mkdir /tmp/m/u /tmp/m/w; "+
+		"mount -t overlay o -o lowerdir=/,upperdir=/tmp/m/u,workdir=/tmp/m/w /"); err != nil {
+		t.Fatal(err)
+	}
+	c, err := container.Describe(t.Context(), client.Runtime, running.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if content, err := os.ReadFile(filepath.Join(c.Layer.Upper, "root/mine")); err != nil || string(content) != "mine\n" {
+		t.Errorf("the layer %s is not the container's: %q, %v", c.Layer.Upper, content, err)
 	}
 }
 

@@ -1,7 +1,6 @@
 package container
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path"
@@ -14,8 +13,9 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// describeMounts fills in what the mount table of the container's init says, read with the spec at hand.
-func (c *Container) describeMounts(spec *specs.Spec) error {
+// describeMounts fills in what the mount table of the container's init says, read with the spec at hand. snapshotter is what
+// made its root file system, as far as the runtime says.
+func (c *Container) describeMounts(spec *specs.Spec, snapshotter string) error {
 	file, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", c.Process.Pid))
 	if err != nil {
 		return gone(c.Process.Pid, err)
@@ -30,7 +30,7 @@ func (c *Container) describeMounts(spec *specs.Spec) error {
 	for _, m := range table {
 		mounts[m.Mountpoint] = m
 	}
-	if c.UpperDir, err = upperDir(mounts["/"]); err != nil {
+	if err := c.describeLayer(table, snapshotter); err != nil {
 		return err
 	}
 	for _, m := range spec.Mounts {
@@ -96,30 +96,4 @@ func resolve(rootfs, destination string) (string, error) {
 		return "", fmt.Errorf("resolve mount point %s: %w", destination, err)
 	}
 	return "/" + strings.TrimPrefix(strings.TrimPrefix(joined, filepath.Clean(rootfs)), "/"), nil
-}
-
-// upperDir reads the upper directory of an overlay out of its mount options.
-func upperDir(root *mountinfo.Info) (string, error) {
-	if root == nil {
-		return "", errors.New("find root file system: the container's mount table has no /")
-	}
-	if root.FSType != "overlay" {
-		return "", fmt.Errorf("%w: its root file system is %s; only changes on overlay can be captured so far: use the snapshotter overlayfs",
-			ErrUnsupported, root.FSType)
-	}
-	for option := range strings.SplitSeq(root.VFSOptions, ",") {
-		dir, ok := strings.CutPrefix(option, "upperdir=")
-		if !ok {
-			continue
-		}
-		if !filepath.IsAbs(dir) {
-			return "", fmt.Errorf("%w: the upper directory of its overlay is given as %q, relative to a directory that nobody knows any more",
-				ErrUnsupported, dir)
-		}
-		if _, err := os.Stat(dir); err != nil {
-			return "", fmt.Errorf("find upper directory of the overlay: %w: crishim must see the runtime's own mounts", err)
-		}
-		return dir, nil
-	}
-	return "", nil // an overlay of lower directories alone, which nothing can be written to
 }

@@ -14,6 +14,7 @@ import (
 type info struct {
 	Pid         int    `json:"pid"`
 	RuntimeType string `json:"runtimeType"`
+	Snapshotter string `json:"snapshotter"`
 	RuntimeSpec struct {
 		Linux struct {
 			Resources json.RawMessage `json:"resources"`

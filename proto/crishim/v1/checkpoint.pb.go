@@ -262,8 +262,8 @@ type Container struct {
 	Runtime string `protobuf:"bytes,5,opt,name=runtime,proto3" json:"runtime,omitempty"`
 	// The root file system, mounted.
 	Rootfs string `protobuf:"bytes,6,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
-	// The overlay's upper directory; empty where the root file system is read-only.
-	UpperDir string `protobuf:"bytes,7,opt,name=upper_dir,json=upperDir,proto3" json:"upper_dir,omitempty"`
+	// The writable layer of the overlay at rootfs; absent where nothing can be written to it.
+	Layer *Layer `protobuf:"bytes,7,opt,name=layer,proto3" json:"layer,omitempty"`
 	// Directory of the cgroup that can be frozen; empty where there is none.
 	Freezer string `protobuf:"bytes,8,opt,name=freezer,proto3" json:"freezer,omitempty"`
 	// Namespaces that the OCI spec names by a path: they belong to the pod or to the node.
@@ -356,11 +356,11 @@ func (x *Container) GetRootfs() string {
 	return ""
 }
 
-func (x *Container) GetUpperDir() string {
+func (x *Container) GetLayer() *Layer {
 	if x != nil {
-		return x.UpperDir
+		return x.Layer
 	}
-	return ""
+	return nil
 }
 
 func (x *Container) GetFreezer() string {
@@ -473,6 +473,69 @@ func (x *BindMount) GetDestination() string {
 	return ""
 }
 
+type Layer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its upper directory.
+	Upper string `protobuf:"bytes,1,opt,name=upper,proto3" json:"upper,omitempty"`
+	// The lower directories; none where they are not known.
+	Lower []string `protobuf:"bytes,2,rep,name=lower,proto3" json:"lower,omitempty"`
+	// The mount option userxattr.
+	UserXattr     bool `protobuf:"varint,3,opt,name=user_xattr,json=userXattr,proto3" json:"user_xattr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Layer) Reset() {
+	*x = Layer{}
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Layer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Layer) ProtoMessage() {}
+
+func (x *Layer) ProtoReflect() protoreflect.Message {
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Layer.ProtoReflect.Descriptor instead.
+func (*Layer) Descriptor() ([]byte, []int) {
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Layer) GetUpper() string {
+	if x != nil {
+		return x.Upper
+	}
+	return ""
+}
+
+func (x *Layer) GetLower() []string {
+	if x != nil {
+		return x.Lower
+	}
+	return nil
+}
+
+func (x *Layer) GetUserXattr() bool {
+	if x != nil {
+		return x.UserXattr
+	}
+	return false
+}
+
 type Namespace struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in the OCI spec: "network", "pid", …
@@ -484,7 +547,7 @@ type Namespace struct {
 
 func (x *Namespace) Reset() {
 	*x = Namespace{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +559,7 @@ func (x *Namespace) String() string {
 func (*Namespace) ProtoMessage() {}
 
 func (x *Namespace) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +572,7 @@ func (x *Namespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Namespace.ProtoReflect.Descriptor instead.
 func (*Namespace) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{3}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Namespace) GetType() string {
@@ -536,7 +599,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -548,7 +611,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -561,7 +624,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{4}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Member) GetName() string {
@@ -589,7 +652,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -601,7 +664,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -614,7 +677,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{5}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Progress) GetPhase() Phase {
@@ -644,7 +707,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -656,7 +719,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -669,7 +732,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{6}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Failure) GetReason() Reason {
@@ -711,7 +774,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -723,7 +786,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -736,7 +799,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{7}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Result) GetFailure() *Failure {
@@ -791,7 +854,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +866,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +879,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{8}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Log) GetLines() []byte {
@@ -840,7 +903,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +915,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +928,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{9}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Event) GetEvent() isEvent_Event {
@@ -936,7 +999,7 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\fcriu_version\x18\x06 \x01(\x05R\vcriuVersion\x123\n" +
 	"\tcontainer\x18\x03 \x01(\v2\x15.crishim.v1.ContainerR\tcontainer\x12,\n" +
 	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\x12\x18\n" +
-	"\astaging\x18\x05 \x01(\tR\astaging\"\xdb\x03\n" +
+	"\astaging\x18\x05 \x01(\tR\astaging\"\xe7\x03\n" +
 	"\tContainer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12\x1d\n" +
@@ -944,8 +1007,8 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"start_time\x18\x03 \x01(\x04R\tstartTime\x12\x16\n" +
 	"\x06cgroup\x18\x04 \x01(\tR\x06cgroup\x12\x18\n" +
 	"\aruntime\x18\x05 \x01(\tR\aruntime\x12\x16\n" +
-	"\x06rootfs\x18\x06 \x01(\tR\x06rootfs\x12\x1b\n" +
-	"\tupper_dir\x18\a \x01(\tR\bupperDir\x12\x18\n" +
+	"\x06rootfs\x18\x06 \x01(\tR\x06rootfs\x12'\n" +
+	"\x05layer\x18\a \x01(\v2\x11.crishim.v1.LayerR\x05layer\x12\x18\n" +
 	"\afreezer\x18\b \x01(\tR\afreezer\x12B\n" +
 	"\x11shared_namespaces\x18\t \x03(\v2\x15.crishim.v1.NamespaceR\x10sharedNamespaces\x12'\n" +
 	"\x0fexternal_mounts\x18\n" +
@@ -958,7 +1021,12 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"bindMounts\"E\n" +
 	"\tBindMount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12 \n" +
-	"\vdestination\x18\x02 \x01(\tR\vdestination\"5\n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\"R\n" +
+	"\x05Layer\x12\x14\n" +
+	"\x05upper\x18\x01 \x01(\tR\x05upper\x12\x14\n" +
+	"\x05lower\x18\x02 \x03(\tR\x05lower\x12\x1d\n" +
+	"\n" +
+	"user_xattr\x18\x03 \x01(\bR\tuserXattr\"5\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\"6\n" +
@@ -1017,37 +1085,39 @@ func file_crishim_v1_checkpoint_proto_rawDescGZIP() []byte {
 }
 
 var file_crishim_v1_checkpoint_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_crishim_v1_checkpoint_proto_goTypes = []any{
 	(Phase)(0),        // 0: crishim.v1.Phase
 	(Reason)(0),       // 1: crishim.v1.Reason
 	(*Job)(nil),       // 2: crishim.v1.Job
 	(*Container)(nil), // 3: crishim.v1.Container
 	(*BindMount)(nil), // 4: crishim.v1.BindMount
-	(*Namespace)(nil), // 5: crishim.v1.Namespace
-	(*Member)(nil),    // 6: crishim.v1.Member
-	(*Progress)(nil),  // 7: crishim.v1.Progress
-	(*Failure)(nil),   // 8: crishim.v1.Failure
-	(*Result)(nil),    // 9: crishim.v1.Result
-	(*Log)(nil),       // 10: crishim.v1.Log
-	(*Event)(nil),     // 11: crishim.v1.Event
+	(*Layer)(nil),     // 5: crishim.v1.Layer
+	(*Namespace)(nil), // 6: crishim.v1.Namespace
+	(*Member)(nil),    // 7: crishim.v1.Member
+	(*Progress)(nil),  // 8: crishim.v1.Progress
+	(*Failure)(nil),   // 9: crishim.v1.Failure
+	(*Result)(nil),    // 10: crishim.v1.Result
+	(*Log)(nil),       // 11: crishim.v1.Log
+	(*Event)(nil),     // 12: crishim.v1.Event
 }
 var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
 	3,  // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
-	6,  // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
-	5,  // 2: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
-	4,  // 3: crishim.v1.Container.bind_mounts:type_name -> crishim.v1.BindMount
-	0,  // 4: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
-	1,  // 5: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
-	8,  // 6: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
-	7,  // 7: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
-	9,  // 8: crishim.v1.Event.result:type_name -> crishim.v1.Result
-	10, // 9: crishim.v1.Event.log:type_name -> crishim.v1.Log
-	10, // [10:10] is the sub-list for method output_type
-	10, // [10:10] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	7,  // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
+	5,  // 2: crishim.v1.Container.layer:type_name -> crishim.v1.Layer
+	6,  // 3: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
+	4,  // 4: crishim.v1.Container.bind_mounts:type_name -> crishim.v1.BindMount
+	0,  // 5: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
+	1,  // 6: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
+	9,  // 7: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
+	8,  // 8: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
+	10, // 9: crishim.v1.Event.result:type_name -> crishim.v1.Result
+	11, // 10: crishim.v1.Event.log:type_name -> crishim.v1.Log
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_crishim_v1_checkpoint_proto_init() }
@@ -1055,7 +1125,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 	if File_crishim_v1_checkpoint_proto != nil {
 		return
 	}
-	file_crishim_v1_checkpoint_proto_msgTypes[9].OneofWrappers = []any{
+	file_crishim_v1_checkpoint_proto_msgTypes[10].OneofWrappers = []any{
 		(*Event_Progress)(nil),
 		(*Event_Result)(nil),
 		(*Event_Log)(nil),
@@ -1066,7 +1136,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_crishim_v1_checkpoint_proto_rawDesc), len(file_crishim_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
