@@ -17,6 +17,7 @@ import (
 	crishimv1 "crishim/proto/crishim/v1"
 	"crishim/shim/archive"
 	"crishim/shim/container"
+	"crishim/shim/rootfs"
 )
 
 var (
@@ -52,7 +53,7 @@ func failure(err error) *crishimv1.Failure {
 		f.Reason = crishimv1.Reason_REASON_NOT_RUNNING
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), kind == criu.NoSpace:
 		f.Reason = crishimv1.Reason_REASON_NO_SPACE
-	case kind == criu.Unsupported:
+	case kind == criu.Unsupported, errors.Is(err, rootfs.ErrUnsupported):
 		f.Reason = crishimv1.Reason_REASON_UNSUPPORTED
 	case kind == criu.Busy:
 		f.Reason = crishimv1.Reason_REASON_BUSY

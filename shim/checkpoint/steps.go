@@ -201,25 +201,6 @@ func (c *capture) run(ctx context.Context) error {
 	return nil
 }
 
-func (c *capture) rootfs(ctx context.Context) error {
-	var deleted []string
-	if path := c.container.GetLayer().GetUpper(); path != "" {
-		upper, err := os.OpenFile(path, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-		if err != nil {
-			return err
-		}
-		defer upper.Close()
-		err = c.member(archive.RootfsDiff, func(w io.Writer) (err error) {
-			deleted, err = rootfs.Diff(ctx, w, upper)
-			return err
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return c.staging.WriteJSON(archive.DeletedFiles, append([]string{}, deleted...)) // never null
-}
-
 func (c *capture) shm(ctx context.Context) error {
 	if !c.container.GetShm() {
 		return nil

@@ -3,7 +3,9 @@ package rootfs
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"time"
@@ -14,63 +16,57 @@ import (
 // entry is a file system object that is held by an O_PATH descriptor: it cannot
 // become another one while it is looked at.
 type entry struct {
-	path  string // below the root; "" is the root
-	fd    int
-	st    unix.Stat_t
+	path   string // below the root; "" is the root
+	fd     int
+	st     unix.Stat_t
+	merged bool // found in the overlay mount, which shows nothing of overlay's own
+
+	// What examine finds out.
+	file  int               // open for reading if it is a regular file or a directory, otherwise -1
 	attrs map[string]string // extended attributes that go into the tar
 	marks marks             // what overlay has noted in attributes
 }
 
 func (e *entry) is(format uint32) bool { return e.st.Mode&unix.S_IFMT == format }
 
-// examine reads what there is to know about fd.
-func (k *walk) examine(fd int, path string) (*entry, error) {
-	e := &entry{path: path, fd: fd}
-	if err := unix.Fstat(fd, &e.st); err != nil {
-		return nil, fmt.Errorf("stat %s: %w", quote(path), err)
+func (e *entry) close() {
+	unix.Close(e.fd)
+	if e.file >= 0 {
+		unix.Close(e.file)
+	}
+}
+
+// examine opens e, if it is of a kind that is opened, and reads its attributes.
+func (k *walk) examine(e *entry) error {
+	if e.is(unix.S_IFREG) || e.is(unix.S_IFDIR) {
+		if err := k.openToRead(e); err != nil {
+			return err
+		}
 	}
 	var err error
-	if e.attrs, err = xattrs(fd); err != nil {
-		return nil, fmt.Errorf("read extended attributes of %s: %w", quote(path), err)
+	if e.attrs, err = e.xattrs(); err != nil {
+		return err
 	}
-	if k.overlay {
-		if e.marks, err = takeMarks(e.attrs); err != nil {
-			return nil, fmt.Errorf("read layer entry %s: %w", quote(path), err)
+	if k.layer != nil {
+		if err := k.takeMarks(e); err != nil {
+			return err
 		}
 	}
 	// The label is bound to the container that it confines, the signature to
 	// the inode. Restored, they would lock the container out of its files.
 	delete(e.attrs, "security.selinux")
 	delete(e.attrs, "security.evm")
-	return e, nil
+	return nil
 }
 
-// write writes e to the tar, unless it is a socket.
+// write writes e to the tar.
 func (k *walk) write(e *entry) error {
-	if k.overlay && strings.HasPrefix(baseName(e.path), whiteoutPrefix) {
-		return fmt.Errorf("write %s: names beginning with %s are whiteouts in a layer: rename the file in the container", quote(e.path), whiteoutPrefix)
+	h, err := k.newHeader(e)
+	if err != nil {
+		return err
 	}
-	h := &tar.Header{
-		Name:    e.path,
-		Mode:    int64(e.st.Mode & 0o7777),
-		Uid:     int(e.st.Uid),
-		Gid:     int(e.st.Gid),
-		ModTime: time.Unix(e.st.Mtim.Unix()),
-		// PAX takes any bytes but NUL in a name, of any length, and keeps nanoseconds.
-		// Without fractions and attributes it is plain ustar.
-		Format: tar.FormatPAX,
-	}
-	for name, value := range e.attrs {
-		if strings.Contains(name, "=") {
-			return fmt.Errorf("write %s: a tar cannot hold the extended attribute %q: remove it in the container (setfattr -x)", quote(e.path), name)
-		}
-		if h.PAXRecords == nil {
-			h.PAXRecords = make(map[string]string)
-		}
-		h.PAXRecords["SCHILY.xattr."+name] = value
-	}
-
-	if e.is(unix.S_IFDIR) {
+	switch e.st.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
 		h.Typeflag = tar.TypeDir
 		h.Name += "/"
 		if e.path == "" {
@@ -80,29 +76,14 @@ func (k *walk) write(e *entry) error {
 			return err
 		}
 		return k.opaque(e)
-	}
-	if e.is(unix.S_IFSOCK) {
-		return nil // means nothing without the process that listens
-	}
-	if e.st.Nlink > 1 {
-		id := inode{uint64(e.st.Dev), e.st.Ino}
-		if first, ok := k.links[id]; ok {
-			h.Typeflag, h.Linkname, h.PAXRecords = tar.TypeLink, first, nil
-			return k.header(h)
-		}
-		k.links[id] = e.path
-	}
-	switch e.st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		h.Typeflag = tar.TypeReg
 		return k.file(e, h)
 	case unix.S_IFLNK:
 		h.Typeflag = tar.TypeSymlink
-		target, err := readlink(e.fd)
-		if err != nil {
+		if h.Linkname, err = readlink(e.fd); err != nil {
 			return fmt.Errorf("read link %s: %w", quote(e.path), err)
 		}
-		h.Linkname = target
 	case unix.S_IFIFO:
 		h.Typeflag = tar.TypeFifo
 	case unix.S_IFCHR, unix.S_IFBLK:
@@ -118,9 +99,64 @@ func (k *walk) write(e *entry) error {
 	return k.header(h)
 }
 
+// link writes e as a hard link, if it has been written already under another name.
+func (k *walk) link(e *entry) (done bool, err error) {
+	if e.st.Nlink < 2 {
+		return false, nil
+	}
+	id := inode{uint64(e.st.Dev), e.st.Ino}
+	first, ok := k.links[id]
+	if !ok {
+		k.links[id] = e.path
+		return false, nil
+	}
+	h, err := k.newHeader(e)
+	if err != nil {
+		return true, err
+	}
+	h.Typeflag, h.Linkname = tar.TypeLink, first
+	return true, k.header(h)
+}
+
+// newHeader returns a header with what entries of every kind have.
+func (k *walk) newHeader(e *entry) (*tar.Header, error) {
+	if k.layer != nil && strings.HasPrefix(baseName(e.path), whiteoutPrefix) {
+		return nil, unsupported(e.path, "names beginning with %s are whiteouts in a layer: rename it in the container", whiteoutPrefix)
+	}
+	h := &tar.Header{
+		Name:    e.path,
+		Mode:    int64(e.st.Mode & 0o7777),
+		Uid:     int(e.st.Uid),
+		Gid:     int(e.st.Gid),
+		ModTime: time.Unix(e.st.Mtim.Unix()),
+		// PAX takes any bytes but NUL in a name, of any length, and keeps nanoseconds.
+		// Without fractions and attributes it is plain ustar.
+		Format: tar.FormatPAX,
+	}
+	for name, value := range e.attrs {
+		if strings.Contains(name, "=") {
+			return nil, unsupported(e.path, "a tar cannot hold the extended attribute %q: remove it in the container (setfattr -x)", name)
+		}
+		if h.PAXRecords == nil {
+			h.PAXRecords = make(map[string]string)
+		}
+		h.PAXRecords[paxXattr+name] = value
+	}
+	return h, nil
+}
+
+const paxXattr = "SCHILY.xattr."
+
 func (k *walk) header(h *tar.Header) error {
-	if err := k.tar.WriteHeader(h); err != nil {
-		return fmt.Errorf("write header of %s: %w", quote(h.Name), err)
+	return headerError(h.Name, k.tar.WriteHeader(h))
+}
+
+func headerError(path string, err error) error {
+	if errors.Is(err, tar.ErrFieldTooLong) {
+		return unsupported(path, "its extended attributes and its name are larger than the %d bytes that tar readers take: remove some of the attributes in the container", maxAttrs)
+	}
+	if err != nil {
+		return fmt.Errorf("write header of %s: %w", quote(path), err)
 	}
 	return nil
 }
@@ -128,46 +164,98 @@ func (k *walk) header(h *tar.Header) error {
 // file writes a regular file. Its header goes first and cannot be taken back:
 // the size in it is kept to, whatever happens to the file.
 func (k *walk) file(e *entry, h *tar.Header) error {
-	// By way of the descriptor that was examined: by now a device node could
-	// have taken the name, and some devices act on being opened.
-	fd, err := reopen(unix.AT_FDCWD, procPath(e.fd), 0)
+	content := e
+	if e.marks.metacopy { // only its attributes are in this layer
+		lower, err := k.find([]place{k.merged()}, e.path, e.path)
+		if err != nil {
+			return err
+		}
+		if lower == nil || !lower.is(unix.S_IFREG) {
+			return fmt.Errorf("read %s: its content is in a lower layer, but the overlay mount shows no such file", quote(e.path))
+		}
+		defer lower.close()
+		if err := k.openToRead(lower); err != nil {
+			return err
+		}
+		content = lower
+	}
+	h.Size = content.st.Size
+	if h.Size > maxFileSize {
+		return unsupported(e.path, "it is %d bytes long, more than the %d that are taken of a file: truncate it in the container", h.Size, int64(maxFileSize))
+	}
+	if err := k.header(h); err != nil {
+		return err
+	}
+	return k.copy(k.tar, content, []extent{{0, h.Size}})
+}
+
+// copy writes parts of a file. What it no longer has is zeros.
+func (k *walk) copy(w io.Writer, e *entry, parts []extent) error {
+	for _, part := range parts {
+		for at, end := part.offset, part.offset+part.length; at < end; {
+			if k.ctx.Err() != nil {
+				return context.Cause(k.ctx)
+			}
+			buf := k.buf[:min(end-at, int64(len(k.buf)))]
+			n, err := unix.Pread(e.file, buf, at)
+			if err == unix.EINTR {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("read %s: %w", quote(e.path), err)
+			}
+			if n == 0 { // the file shrank
+				clear(buf)
+				n = len(buf)
+			}
+			if _, err := w.Write(buf[:n]); err != nil {
+				return fmt.Errorf("write content of %s: %w", quote(e.path), err)
+			}
+			at += int64(n)
+		}
+	}
+	return nil
+}
+
+// openToRead opens a regular file or a directory, so that e.file can be read. It
+// never waits, neither for a FIFO's writer nor for a lease.
+func (k *walk) openToRead(e *entry) error {
+	// By way of the descriptor that is held: by now a device node could have
+	// taken the name, and some devices act on being opened.
+	dir, path := k.proc, strconv.Itoa(e.fd)
+	flags := unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC
+	if e.is(unix.S_IFDIR) {
+		dir, path = e.fd, "."
+		flags |= unix.O_DIRECTORY
+	}
+	fd, err := unix.Openat(dir, path, flags|unix.O_NOATIME, 0)
+	if err == unix.EPERM { // O_NOATIME is for the owner and for CAP_FOWNER
+		fd, err = unix.Openat(dir, path, flags, 0)
+	}
 	if err == unix.EAGAIN {
-		return fmt.Errorf("open %s: a process holds a lease on it (fcntl F_SETLEASE) and would have to be waited for: try again without it", quote(e.path))
+		return unsupported(e.path, "a process holds a lease on it (fcntl F_SETLEASE) and would have to be waited for: try again without it")
 	}
 	if err != nil {
 		return fmt.Errorf("open %s: %w", quote(e.path), err)
 	}
-	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return fmt.Errorf("stat %s: %w", quote(e.path), err)
-	}
-	if st.Dev != e.st.Dev || st.Ino != e.st.Ino || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return fmt.Errorf("open %s: got another file: is /proc mounted over?", quote(e.path))
-	}
-	h.Size = st.Size
-	if err := k.header(h); err != nil {
-		return err
-	}
-	for left := st.Size; left > 0; {
-		if k.ctx.Err() != nil {
-			return context.Cause(k.ctx)
-		}
-		buf := k.buf[:min(left, int64(len(k.buf)))]
-		n, err := read(fd, buf)
-		if err != nil {
-			return fmt.Errorf("read %s: %w", quote(e.path), err)
-		}
-		if n == 0 { // the file shrank
-			clear(buf)
-			n = len(buf)
-		}
-		if _, err := k.tar.Write(buf[:n]); err != nil {
-			return fmt.Errorf("write content of %s: %w", quote(e.path), err)
-		}
-		left -= int64(n)
-	}
+	e.file = fd
 	return nil
+}
+
+// openProc opens the directory of this process's descriptors. In it a number is
+// a path to just what an O_PATH descriptor refers to, which can itself be neither
+// read nor asked for attributes.
+func openProc() (int, error) {
+	fd, err := unix.Open("/proc/self/fd", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open own descriptors: %w", err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil || st.Type != unix.PROC_SUPER_MAGIC {
+		unix.Close(fd)
+		return -1, errors.New("open own descriptors: what is at /proc/self/fd is not the kernel's: is /proc mounted over?")
+	}
+	return fd, nil
 }
 
 // readlink returns the target of the link that fd refers to.
@@ -183,38 +271,38 @@ func readlink(fd int) (string, error) {
 	return string(buf[:n]), nil
 }
 
-// procPath is a path to just what an O_PATH descriptor refers to, even if that is
-// a symbolic link. Such a descriptor can neither be read nor asked for attributes.
-func procPath(fd int) string {
-	return fmt.Sprintf("/proc/self/fd/%d", fd)
-}
-
-// maxAttrs bounds the attributes of one file: readers refuse a longer PAX header,
-// Go's among them.
+// maxAttrs bounds the PAX header of an entry, most of which is attributes: readers
+// refuse a longer one, Go's among them.
 const maxAttrs = 1 << 20
 
-// xattrs returns the extended attributes of what fd refers to.
-func xattrs(fd int) (map[string]string, error) {
-	path := procPath(fd)
-	list, err := grow(func(buf []byte) (int, error) { return unix.Listxattr(path, buf) })
-	if err == unix.EOPNOTSUPP || (err == nil && len(list) == 0) {
+// xattrs returns the extended attributes of e.
+func (e *entry) xattrs() (map[string]string, error) {
+	list := func(buf []byte) (int, error) { return unix.Flistxattr(e.file, buf) }
+	get := func(name string, buf []byte) (int, error) { return unix.Fgetxattr(e.file, name, buf) }
+	if e.file < 0 { // not a kind that may be opened
+		path := fmt.Sprintf("/proc/self/fd/%d", e.fd)
+		list = func(buf []byte) (int, error) { return unix.Listxattr(path, buf) }
+		get = func(name string, buf []byte) (int, error) { return unix.Getxattr(path, name, buf) }
+	}
+	names, err := grow(list)
+	if err == unix.EOPNOTSUPP || (err == nil && len(names) == 0) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("list extended attributes of %s: %w", quote(e.path), err)
 	}
 	attrs := make(map[string]string)
 	size := 0
-	for name := range strings.SplitSeq(strings.TrimSuffix(string(list), "\x00"), "\x00") {
-		value, err := grow(func(buf []byte) (int, error) { return unix.Getxattr(path, name, buf) })
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
+		value, err := grow(func(buf []byte) (int, error) { return get(name, buf) })
 		if err == unix.ENODATA {
 			continue // removed meanwhile
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+			return nil, fmt.Errorf("read extended attribute %s of %s: %w", name, quote(e.path), err)
 		}
 		if size += len(name) + len(value); size > maxAttrs {
-			return nil, fmt.Errorf("they are larger than the %d bytes that tar readers take: remove some in the container", maxAttrs)
+			return nil, headerError(e.path, tar.ErrFieldTooLong)
 		}
 		attrs[name] = string(value)
 	}
@@ -243,8 +331,4 @@ func quote(path string) string {
 		return fmt.Sprintf("%q...%q", path[:most/2], path[len(path)-most/2:])
 	}
 	return strconv.Quote(path)
-}
-
-func baseName(path string) string {
-	return path[strings.LastIndexByte(path, '/')+1:]
 }

@@ -3,22 +3,49 @@ package rootfs
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// This file has the means of the tests: overlay mounts, an applier of OCI layers,
-// and a description of a tree by which two are compared.
+// This file has the means of the tests: overlay mounts, in a mount namespace of
+// their own, appliers of OCI layers, and a description of a tree by which two are
+// compared.
+
+const inNamespace = "CRISHIM_TEST_MOUNTS"
+
+func TestMain(m *testing.M) {
+	if os.Geteuid() != 0 || os.Getenv(inNamespace) != "" {
+		os.Exit(m.Run())
+	}
+	runtime.LockOSThread() // whose end, and not only the process's, would kill what it has started
+	// The same once more where mounts are nobody else's, and end with the process.
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), inNamespace+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		fmt.Fprintln(os.Stderr, "run the tests in a mount namespace:", err)
+		os.Exit(1)
+	}
+	os.Exit(cmd.ProcessState.ExitCode())
+}
 
 func needRoot(t *testing.T, why string) {
 	t.Helper()
@@ -35,7 +62,11 @@ func must(t *testing.T, err error) {
 }
 
 // overlay is a mounted overlay file system.
-type overlay struct{ lower, upper, merged string }
+type overlay struct {
+	lower, upper, merged string
+	bottom               string // a lower directory below lower
+	userXattr            bool
+}
 
 func newOverlay(t *testing.T) overlay {
 	t.Helper()
@@ -45,30 +76,53 @@ func newOverlay(t *testing.T) overlay {
 		t.Skip("needs to mount a tmpfs: ", err)
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
-	o := overlay{dir + "/lower", dir + "/upper", dir + "/merged"}
-	for _, d := range []string{o.lower, o.upper, o.merged, dir + "/work"} {
+	o := overlay{lower: dir + "/lower", upper: dir + "/upper", merged: dir + "/merged", bottom: dir + "/bottom"}
+	for _, d := range []string{o.lower, o.upper, o.merged, o.bottom, dir + "/work"} {
 		must(t, os.Mkdir(d, 0o755))
 	}
 	return o
 }
 
-func (o overlay) mount(t *testing.T, options string) {
+// image mounts what the overlay is without its upper directory.
+func (o overlay) image(t *testing.T) string {
 	t.Helper()
-	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s%s", o.lower, o.upper, filepath.Dir(o.upper)+"/work", options)
+	dir := filepath.Dir(o.upper) + "/image"
+	must(t, os.Mkdir(dir, 0o755))
+	must(t, unix.Mount("overlay", dir, "overlay", 0, "lowerdir="+o.lower+":"+o.bottom))
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+func (o *overlay) mount(t *testing.T, options string) {
+	t.Helper()
+	o.userXattr = strings.Contains(options, "userxattr")
+	data := fmt.Sprintf("lowerdir=%s:%s,upperdir=%s,workdir=%s%s", o.lower, o.bottom, o.upper, filepath.Dir(o.upper)+"/work", options)
 	if err := unix.Mount("overlay", o.merged, "overlay", 0, data); err != nil {
-		t.Skipf("needs to mount an overlay with %q: %v", options, err)
+		t.Fatalf("mount an overlay with %q: %v", options, err)
 	}
 	t.Cleanup(func() { unix.Unmount(o.merged, unix.MNT_DETACH) })
 }
 
-func diff(t *testing.T, upper string) (layer []byte, deleted []string, err error) {
+func (o overlay) diff(t *testing.T) (layer []byte, deleted []string, err error) {
 	t.Helper()
-	f, err := os.Open(upper)
-	must(t, err)
-	defer f.Close()
 	var b bytes.Buffer
-	deleted, err = Diff(t.Context(), &b, f)
+	err = o.diffTo(t, &b, func(path string) error {
+		deleted = append(deleted, path)
+		return nil
+	})
 	return b.Bytes(), deleted, err
+}
+
+func (o overlay) diffTo(t *testing.T, w io.Writer, deleted func(string) error) error {
+	t.Helper()
+	var files []*os.File
+	for _, path := range []string{o.upper, o.merged, o.lower, o.bottom} {
+		f, err := os.OpenFile(path, unix.O_PATH, 0)
+		must(t, err)
+		defer f.Close()
+		files = append(files, f)
+	}
+	return Diff(t.Context(), w, Layer{Upper: files[0], Merged: files[1], Lower: files[2:], UserXattr: o.userXattr}, deleted)
 }
 
 func readTree(t *testing.T, dir string) ([]byte, error) {
@@ -98,20 +152,30 @@ func entries(t *testing.T, layer []byte) (headers []*tar.Header, contents map[st
 	}
 }
 
-// checkOverlay compares what is seen in the mount with lower plus layer.
-func checkOverlay(t *testing.T, o overlay) (deleted []string) {
+// checkOverlay compares what is seen in the mount with the image plus layer, as
+// those apply it who know whiteouts, and as those do who read deleted.files.
+func checkOverlay(t *testing.T, o overlay) (layer []byte, deleted []string) {
 	t.Helper()
 	start := time.Now()
-	layer, deleted, err := diff(t, o.upper)
+	layer, deleted, err := o.diff(t)
 	must(t, err)
 	t.Logf("diff of %d bytes in %v", len(layer), time.Since(start))
-	result := filepath.Dir(o.lower) + "/result"
-	if out, err := exec.Command("cp", "-a", o.lower, result).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %s", out)
+	image, want := o.image(t), describe(t, o.merged)
+	for name, apply := range map[string]func(t *testing.T, root string){
+		"by whiteouts":     func(t *testing.T, root string) { apply(t, layer, root) },
+		"by deleted.files": func(t *testing.T, root string) { applyLiterally(t, layer, deleted, root) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := filepath.Dir(o.upper) + "/applied"
+			if out, err := exec.Command("cp", "-a", image, root).CombinedOutput(); err != nil {
+				t.Fatalf("cp: %s", out)
+			}
+			defer os.RemoveAll(root)
+			apply(t, root)
+			compare(t, describe(t, root), want)
+		})
 	}
-	apply(t, layer, result)
-	compare(t, describe(t, result), describe(t, o.merged))
-	return deleted
+	return layer, deleted
 }
 
 func compare(t *testing.T, got, want map[string]string) {
@@ -144,13 +208,17 @@ func describe(t *testing.T, root string) map[string]string {
 		}
 		name, _ := filepath.Rel(root, p)
 		var st unix.Stat_t
-		must(t, unix.Lstat(p, &st))
+		err = unix.Lstat(p, &st)
+		if err == unix.ENOENT {
+			return nil // overlay lists whiteouts of its upper directory that are files, and has nothing there
+		}
+		must(t, err)
 		s := fmt.Sprintf("mode %o owner %d:%d mtime %d.%09d device %d", st.Mode, st.Uid, st.Gid, st.Mtim.Sec, st.Mtim.Nsec, st.Rdev)
 		switch st.Mode & unix.S_IFMT {
 		case unix.S_IFREG:
 			data, err := os.ReadFile(p)
 			must(t, err)
-			s += fmt.Sprintf(" content %.100q of %d", data, len(data))
+			s += fmt.Sprintf(" content %.100q of %d, sum %x", data, len(data), sha256.Sum256(data))
 		case unix.S_IFLNK:
 			target, err := os.Readlink(p)
 			must(t, err)
@@ -159,8 +227,9 @@ func describe(t *testing.T, root string) map[string]string {
 		if st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 {
 			if first[st.Ino] == "" {
 				first[st.Ino] = name
+			} else {
+				s += fmt.Sprintf(" same as %q", first[st.Ino])
 			}
-			s += fmt.Sprintf(" same as %q", first[st.Ino])
 		}
 		list, err := grow(func(b []byte) (int, error) { return unix.Llistxattr(p, b) })
 		must(t, err)
@@ -183,6 +252,35 @@ func describe(t *testing.T, root string) map[string]string {
 func apply(t *testing.T, layer []byte, root string) {
 	t.Helper()
 	unpacked := make(map[string]bool)
+	unpack(t, layer, root, func(p string) bool {
+		dir, base := path.Split(p)
+		if base == opaqueMarker {
+			removeOthers(t, path.Clean(dir), unpacked)
+			return true
+		}
+		if name, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
+			must(t, os.RemoveAll(dir+name))
+			return true
+		}
+		unpacked[p] = true
+		return false
+	})()
+}
+
+// applyLiterally does what CRI-O and podman do.
+func applyLiterally(t *testing.T, layer []byte, deleted []string, root string) {
+	t.Helper()
+	done := unpack(t, layer, root, func(string) bool { return false })
+	for _, path := range deleted {
+		must(t, os.RemoveAll(filepath.Join(root, path)))
+	}
+	done()
+}
+
+// unpack unpacks a tar, but for the entries that special takes, over what is there.
+// Done sets the times of directories.
+func unpack(t *testing.T, layer []byte, root string, special func(path string) bool) (done func()) {
+	t.Helper()
 	var dirs []*tar.Header
 	for r := tar.NewReader(bytes.NewReader(layer)); ; {
 		h, err := r.Next()
@@ -191,19 +289,12 @@ func apply(t *testing.T, layer []byte, root string) {
 		}
 		must(t, err)
 		p := filepath.Join(root, h.Name)
-		dir, base := path.Split(p)
-		if base == opaqueMarker {
-			removeOthers(t, path.Clean(dir), unpacked)
-			continue
-		}
-		if name, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
-			must(t, os.RemoveAll(dir+name))
+		if special(p) {
 			continue
 		}
 		if info, err := os.Lstat(p); err == nil && !(info.IsDir() && h.Typeflag == tar.TypeDir) {
 			must(t, os.RemoveAll(p))
 		}
-		unpacked[p] = true
 		switch h.Typeflag {
 		case tar.TypeDir:
 			must(t, os.MkdirAll(p, 0o700))
@@ -246,8 +337,10 @@ func apply(t *testing.T, layer []byte, root string) {
 		}
 		setTime(t, p, h.ModTime)
 	}
-	for _, h := range dirs { // now that nothing in them changes any more
-		setTime(t, filepath.Join(root, h.Name), h.ModTime)
+	return func() { // now that nothing in them changes any more
+		for _, h := range dirs {
+			setTime(t, filepath.Join(root, h.Name), h.ModTime)
+		}
 	}
 }
 

@@ -2,7 +2,11 @@ package rootfs
 
 import (
 	"archive/tar"
+	"errors"
 	"fmt"
+	"maps"
+	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,75 +23,164 @@ const (
 // marks is what overlay has noted about an entry of its upper directory:
 // https://docs.kernel.org/filesystems/overlayfs.html
 type marks struct {
-	opaque    bool // a directory that hides the one below
-	whiteouts bool // a directory that has whiteouts in attribute form (Linux 6.7)
-	whiteout  bool // such a whiteout
+	opaque   bool // a directory that hides the one below
+	redirect bool // a directory that was renamed: it hides the one below, and shows another
+	metacopy bool // a file whose content is still below
+	whiteout bool // an empty file that is a whiteout (Linux 6.7)
 }
 
-// takeMarks takes overlay's own attributes out of attrs and returns what they
-// say. Those that make an entry less than it seems are errors.
-func takeMarks(attrs map[string]string) (m marks, err error) {
-	for name, value := range attrs {
-		mark, trusted := strings.CutPrefix(name, "trusted.overlay.")
-		if !trusted {
-			var user bool
-			if mark, user = strings.CutPrefix(name, "user.overlay."); !user {
-				continue
-			}
+// takeMarks takes overlay's own attributes out of e.attrs and notes what they say.
+func (k *walk) takeMarks(e *entry) error {
+	const trusted, user = "trusted.overlay.", "user.overlay."
+	own := trusted
+	if k.layer.UserXattr {
+		own = user
+	}
+	for name, value := range e.attrs {
+		mark, ok := strings.CutPrefix(name, own)
+		if strings.HasPrefix(name, trusted) && (!ok || e.merged) || strings.HasPrefix(mark, "overlay.") {
+			// A reader that unpacks into an upper directory would make it its own overlay's.
+			return unsupported(e.path, "its attribute %s belongs to an overlay mount inside the container: keep that on a volume", name)
 		}
-		delete(attrs, name)
-		switch {
-		case mark == "redirect":
-			return m, fmt.Errorf("%s: it was renamed, and its content is in a lower layer: mount the layers with redirect_dir=off", name)
-		case mark == "metacopy":
-			return m, fmt.Errorf("%s: only its attributes were changed, and its content is in a lower layer: mount the layers with metacopy=off", name)
-		case strings.HasPrefix(mark, "overlay."):
-			return m, fmt.Errorf("%s: it belongs to an overlay mount inside the container: keep that on a volume", name)
-		case !trusted && (mark == "opaque" || mark == "whiteout"):
-			// Meant by overlay only with the option userxattr, and forged by any user without.
-			return m, fmt.Errorf("%s: overlay mounts with userxattr are not supported: mount the layers as root, or remove the attribute in the container", name)
-		case mark == "opaque":
-			m.opaque = value == "y"
-			m.whiteouts = value == "x"
-		case mark == "whiteout":
-			m.whiteout = true
+		if !ok || e.merged {
+			continue
+		}
+		delete(e.attrs, name)
+		switch mark {
+		case "opaque":
+			e.marks.opaque = value == "y" // x says that there are whiteouts which are files
+		case "redirect":
+			e.marks.redirect = e.is(unix.S_IFDIR)
+		case "metacopy":
+			e.marks.metacopy = e.is(unix.S_IFREG)
+		case "whiteout":
+			e.marks.whiteout = e.is(unix.S_IFREG) && e.st.Size == 0
 		}
 	}
-	return m, nil
+	if e.marks.opaque {
+		e.marks.redirect = false // as overlay has it
+	}
+	return nil
 }
 
-// whiteout writes e, found in the directory parent, if it stands for a deleted
-// name, and reports whether it does.
-func (k *walk) whiteout(parent, e *entry) (done bool, err error) {
-	device := e.is(unix.S_IFCHR) && e.st.Rdev == 0
-	if e.marks.whiteout && (!parent.marks.whiteouts || !e.is(unix.S_IFREG) || e.st.Size != 0) {
-		return false, fmt.Errorf("read layer entry %s: it has the attribute of a whiteout, but is none", quote(e.path))
-	}
-	if !device && !e.marks.whiteout {
-		return false, nil
-	}
-	dir, name := e.path[:len(e.path)-len(baseName(e.path))], baseName(e.path)
-	if strings.HasPrefix(name, whiteoutPrefix) {
-		return false, fmt.Errorf("write whiteout of %s: a layer cannot delete names beginning with %s", quote(e.path), whiteoutPrefix)
-	}
-	k.deleted = append(k.deleted, e.path, dir+whiteoutPrefix+name)
-	return true, k.marker(dir + whiteoutPrefix + name)
+// merged is the place where the layers are seen as one.
+func (k *walk) merged() place { return place{int(k.layer.Merged.Fd()), true} }
+
+// below is what the layers below mean for a directory.
+type below struct {
+	lower   []int // those lower directories, by index, that have a directory of its path
+	hides   bool  // what they have is not seen in it
+	renamed bool  // what is seen in it is elsewhere in them
 }
 
-// opaque writes the marker of the directory e, if it is opaque.
-func (k *walk) opaque(e *entry) error {
-	if !e.marks.opaque {
+// look finds out what there is below d, whose entry is e.
+func (k *walk) look(d *directory, e *entry) error {
+	d.hides = e.marks.opaque || e.marks.redirect
+	d.renamed = e.marks.redirect
+	if d.parent == nil {
+		for i := range k.layer.Lower {
+			d.lower = append(d.lower, i)
+		}
 		return nil
 	}
-	path := opaqueMarker
-	if e.path != "" {
-		path = e.path + "/" + opaqueMarker
+	d.hides = d.hides || d.parent.hides
+	d.renamed = d.renamed || d.parent.renamed && !e.marks.opaque
+	for _, i := range d.parent.lower {
+		fd, err := k.openLower(i, e.path)
+		if err != nil {
+			return err
+		}
+		if fd >= 0 {
+			unix.Close(fd)
+			d.lower = append(d.lower, i)
+		}
 	}
-	k.deleted = append(k.deleted, path)
-	return k.marker(path)
+	return nil
+}
+
+// openLower gets hold of a directory in a lower directory, -1 if it has none.
+func (k *walk) openLower(i int, path string) (int, error) {
+	fd, err := open(int(k.layer.Lower[i].Fd()), path, unix.O_DIRECTORY)
+	if vanished(err) || errors.Is(err, unix.EXDEV) {
+		return -1, nil
+	}
+	if err != nil {
+		return -1, fmt.Errorf("open %s in a lower layer: %w", quote(path), err)
+	}
+	return fd, nil
+}
+
+// hidden reports what lower layers have in the directory d and is not seen in it.
+func (k *walk) hidden(d *directory, path string, in []place) error {
+	names := make(map[string]struct{})
+	for _, i := range d.lower {
+		fd, err := k.openLower(i, path)
+		if err != nil {
+			return err
+		}
+		if fd < 0 {
+			continue
+		}
+		list, err := readNames(fd)
+		unix.Close(fd)
+		if err != nil {
+			return fmt.Errorf("read %s in a lower layer: %w", quote(path), err)
+		}
+		for _, name := range list {
+			names[name] = struct{}{}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		e, err := k.find(in, name, join(path, name))
+		if err != nil {
+			return err
+		}
+		if e != nil {
+			e.close()
+			continue
+		}
+		if err := k.deleted(join(path, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readNames returns the names in the directory that dir gets hold of.
+func readNames(dir int) ([]string, error) {
+	fd, err := unix.Openat(dir, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "directory")
+	defer f.Close()
+	return f.Readdirnames(-1)
+}
+
+// whiteout writes a deletion for e, which stands for one.
+func (k *walk) whiteout(e *entry) error {
+	dir, name := e.path[:len(e.path)-len(baseName(e.path))], baseName(e.path)
+	if strings.HasPrefix(name, whiteoutPrefix) {
+		return unsupported(e.path, "it was deleted, and a layer cannot delete names beginning with %s: build the image without it", whiteoutPrefix)
+	}
+	if err := k.deleted(e.path); err != nil {
+		return err
+	}
+	return k.marker(dir + whiteoutPrefix + name)
+}
+
+// opaque writes the marker of the directory e, if it hides what is below.
+func (k *walk) opaque(e *entry) error {
+	if !e.marks.opaque && !e.marks.redirect {
+		return nil
+	}
+	return k.marker(join(e.path, opaqueMarker))
 }
 
 // marker writes an empty file whose name is all that counts.
 func (k *walk) marker(path string) error {
+	if err := k.deleted(path); err != nil {
+		return err
+	}
 	return k.header(&tar.Header{Typeflag: tar.TypeReg, Name: path, ModTime: time.Unix(0, 0), Format: tar.FormatPAX})
 }

@@ -2,7 +2,7 @@
 // changes in its writable layer, and the content of /dev/shm.
 //
 // What it reads is hostile, and some of it changes while it is read. It promises
-// that nothing outside the directory it is given gets into the output, that
+// that nothing outside the directories it is given gets into the output, that
 // nothing but regular files and directories is ever opened (a FIFO would wait for
 // ever, a watchdog's device node reboots the machine), and that there is no
 // silent gap: an entry is written, or is of a kind that Diff and Tree say they
@@ -16,43 +16,77 @@ import (
 	"archive/tar"
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+
+	"golang.org/x/sys/unix"
 )
 
-// Diff writes the changes that the upper directory of an overlay mount holds to
-// w, as an uncompressed OCI layer: deleted names become whiteouts (.wh.NAME),
-// replaced directories get an opaque marker (.wh..wh..opq). upper stays open, and
-// its offset is left alone.
+// ErrUnsupported is what errors.Is finds in an error about something in the
+// container that no archive can hold, or that no reader of archives would take.
+// The message names the file and what to do; trying again does not help.
+var ErrUnsupported = errors.New("cannot be captured")
+
+func unsupported(path, format string, args ...any) error {
+	return fmt.Errorf("%s %w: %s", quote(path), ErrUnsupported, fmt.Sprintf(format, args...))
+}
+
+// Layer is the writable layer of an overlay mount. The files may be O_PATH
+// descriptors; they stay the caller's and open.
+type Layer struct {
+	// Upper is the upper directory.
+	Upper *os.File
+	// Merged is the root of the mount itself, where everything is as the
+	// container sees it.
+	Merged *os.File
+	// Lower are the lower directories. They serve deleted.files alone, see Diff;
+	// without them it is less than complete.
+	Lower []*os.File
+	// UserXattr says that overlay's notes are in user.overlay.* attributes, as with
+	// the mount option userxattr, and not in trusted.overlay.*.
+	UserXattr bool
+}
+
+// Diff writes the changes that a layer holds to w, as an uncompressed OCI layer:
+// deleted names become whiteouts (.wh.NAME), replaced directories get an opaque
+// marker (.wh..wh..opq).
 //
-// It returns what goes into deleted.files: for each whiteout the deleted path
-// and the path of the whiteout itself, for each opaque marker its own path, all
-// relative to the root. Restorers that read deleted.files (CRI-O, podman) unpack
-// whiteouts as ordinary files and remove with this list what they should not
-// have unpacked. The paths are bytes; those that are not UTF-8 do not survive JSON.
+// It calls deleted for each path that goes into deleted.files: for each whiteout
+// the deleted path and the path of the whiteout itself; for each opaque marker its
+// own path and what the lower directories have in the replaced directory and the
+// layer has not. All are relative to the root. Restorers that read deleted.files
+// (CRI-O, podman) unpack whiteouts as ordinary files and remove with this list
+// what they should not have unpacked. The paths are bytes. What a lower layer has
+// under another name, since it was renamed there, is not in the list.
 //
 // The entries keep type, mode, numeric owner, modification time in nanoseconds,
-// hard links within the layer, and extended attributes. Left out are sockets,
-// overlay's own attributes, and those that bind a file to this machine,
-// security.selinux and security.evm. What is renamed or deleted while Diff runs
-// may be missing.
+// hard links within the layer, and extended attributes.
+// Files whose content is still in a lower layer (metacopy) are whole in the
+// output, and so are directories that were renamed (redirect), which come out as
+// opaque ones with everything that is seen in them.
 //
-// These are errors that name the file: overlay's redirect and metacopy
-// attributes, for part of such a file is in another layer; names that begin with
-// .wh., which any reader would take for whiteouts; attributes that a tar cannot
-// hold; a mount point below upper; whatever cannot be read.
+// Left out are sockets, inode flags (chattr), overlay's own attributes, and those
+// that bind a file to this machine, security.selinux and security.evm. What is
+// renamed or deleted while Diff runs may be missing.
+//
+// These are errors that name the file and wrap ErrUnsupported: names that begin
+// with .wh., which any reader would take for whiteouts; attributes that a tar
+// cannot hold or that would mean something to another overlay; files of over
+// 16 TiB; a file with a lease; a mount point below Upper or Merged. Whatever cannot be read is
+// an error too.
 //
 // A parent comes before what is in it, and a directory's entries are sorted,
 // files first; directories of more than 100,000 entries in pieces of that many.
-// Memory grows with the number of directories, whiteouts and hard links, not with
-// the number or size of files.
-func Diff(ctx context.Context, w io.Writer, upper *os.File) (deleted []string, err error) {
-	k := &walk{ctx: ctx, root: upper, overlay: true, batch: maxSorted}
+// Memory grows with the number of directories and of files with several links,
+// by some 200 bytes for each, not with the number or size of files.
+func Diff(ctx context.Context, w io.Writer, layer Layer, deleted func(path string) error) error {
+	k := &walk{ctx: ctx, root: layer.Upper, layer: &layer, deleted: deleted, batch: maxSorted}
 	if err := k.writeTo(w); err != nil {
-		return nil, fmt.Errorf("write layer diff: %w", err)
+		return fmt.Errorf("write layer diff: %w", err)
 	}
-	return k.deleted, nil
+	return nil
 }
 
 // Tree writes everything below dir, and dir itself as "./", to w as an
@@ -78,28 +112,35 @@ const maxSorted = 100_000
 type walk struct {
 	ctx     context.Context
 	root    *os.File
-	overlay bool // root is the upper directory of an overlay mount
-	batch   int  // how many names of a directory are taken at a time
-	tar     *tar.Writer
-	links   map[inode]string // first path of each file that has several
-	deleted []string
-	buf     []byte // for file content
+	layer   *Layer // nil if root is a plain directory, and not the upper one of an overlay mount
+	deleted func(path string) error
+	batch   int // how many names of a directory are taken at a time
+
+	proc  int              // /proc/self/fd
+	links map[inode]string // first path of each file that has several
+	tar   *tar.Writer
+	out   *bufio.Writer // what tar writes to
+	buf   []byte        // for file content
 }
 
 // inode identifies a file.
 type inode struct{ dev, ino uint64 }
 
-func (k *walk) writeTo(w io.Writer) error {
+func (k *walk) writeTo(w io.Writer) (err error) {
 	const bufferSize = 1 << 20
-	b := bufio.NewWriterSize(w, bufferSize)
-	k.tar = tar.NewWriter(b)
+	k.out = bufio.NewWriterSize(w, bufferSize)
+	k.tar = tar.NewWriter(k.out)
 	k.links = make(map[inode]string)
 	k.buf = make([]byte, bufferSize)
+	if k.proc, err = openProc(); err != nil {
+		return err
+	}
+	defer unix.Close(k.proc)
 	if err := k.directories(); err != nil {
 		return err
 	}
 	if err := k.tar.Close(); err != nil {
 		return err
 	}
-	return b.Flush()
+	return k.out.Flush()
 }
