@@ -183,10 +183,27 @@ func (k *walk) file(e *entry, h *tar.Header) error {
 	if h.Size > maxFileSize {
 		return unsupported(e.path, "it is %d bytes long, more than the %d that are taken of a file: truncate it in the container", h.Size, int64(maxFileSize))
 	}
-	if err := k.header(h); err != nil {
+	data, err := k.extents(content)
+	if err != nil {
 		return err
 	}
-	return k.copy(k.tar, content, []extent{{0, h.Size}})
+	if len(data) == 1 && data[0].length == h.Size || h.Size == 0 {
+		if err := k.header(h); err != nil {
+			return err
+		}
+		return k.copy(k.tar, content, data)
+	}
+	padding, err := k.sparseHeader(h, data)
+	if err != nil {
+		return headerError(e.path, err)
+	}
+	if err := k.copy(k.out, content, data); err != nil {
+		return err
+	}
+	if _, err := k.out.Write(padding); err != nil {
+		return fmt.Errorf("write content of %s: %w", quote(e.path), err)
+	}
+	return nil
 }
 
 // copy writes parts of a file. What it no longer has is zeros.

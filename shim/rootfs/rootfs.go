@@ -62,7 +62,7 @@ type Layer struct {
 // under another name, since it was renamed there, is not in the list.
 //
 // The entries keep type, mode, numeric owner, modification time in nanoseconds,
-// hard links within the layer, and extended attributes.
+// hard links within the layer, holes of 32 KiB and more, and extended attributes.
 // Files whose content is still in a lower layer (metacopy) are whole in the
 // output, and so are directories that were renamed (redirect), which come out as
 // opaque ones with everything that is seen in them.
@@ -74,7 +74,8 @@ type Layer struct {
 // These are errors that name the file and wrap ErrUnsupported: names that begin
 // with .wh., which any reader would take for whiteouts; attributes that a tar
 // cannot hold or that would mean something to another overlay; files of over
-// 16 TiB; a file with a lease; a mount point below Upper or Merged. Whatever cannot be read is
+// 16 TiB, or with so many holes that readers do not take the list of them; a file
+// with a lease; a mount point below Upper or Merged. Whatever cannot be read is
 // an error too.
 //
 // A parent comes before what is in it, and a directory's entries are sorted,
@@ -82,7 +83,7 @@ type Layer struct {
 // Memory grows with the number of directories and of files with several links,
 // by some 200 bytes for each, not with the number or size of files.
 func Diff(ctx context.Context, w io.Writer, layer Layer, deleted func(path string) error) error {
-	k := &walk{ctx: ctx, root: layer.Upper, layer: &layer, deleted: deleted, batch: maxSorted}
+	k := &walk{ctx: ctx, root: layer.Upper, layer: &layer, deleted: deleted, batch: maxSorted, parts: maxExtents}
 	if err := k.writeTo(w); err != nil {
 		return fmt.Errorf("write layer diff: %w", err)
 	}
@@ -98,7 +99,7 @@ func Diff(ctx context.Context, w io.Writer, layer Layer, deleted func(path strin
 // nothing here: such names, devices and attributes are kept as they are. What is
 // mounted below dir is left out: it is another volume.
 func Tree(ctx context.Context, w io.Writer, dir *os.File) error {
-	k := &walk{ctx: ctx, root: dir, batch: maxSorted}
+	k := &walk{ctx: ctx, root: dir, batch: maxSorted, parts: maxExtents}
 	if err := k.writeTo(w); err != nil {
 		return fmt.Errorf("write directory tree: %w", err)
 	}
@@ -115,6 +116,7 @@ type walk struct {
 	layer   *Layer // nil if root is a plain directory, and not the upper one of an overlay mount
 	deleted func(path string) error
 	batch   int // how many names of a directory are taken at a time
+	parts   int // how many parts a sparse file may have
 
 	proc  int              // /proc/self/fd
 	links map[inode]string // first path of each file that has several

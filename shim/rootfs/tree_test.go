@@ -216,7 +216,7 @@ func TestBatches(t *testing.T) {
 	must(t, err)
 	defer f.Close()
 	var b bytes.Buffer
-	k := &walk{ctx: t.Context(), root: f, batch: 10}
+	k := &walk{ctx: t.Context(), root: f, batch: 10, parts: maxExtents}
 	must(t, k.writeTo(&b))
 	if headers, contents := entries(t, b.Bytes()); len(headers) != 3*count+1 || len(contents) != 3*count+1 {
 		t.Errorf("%d entries, %d names, want %d", len(headers), len(contents), 3*count+1)
