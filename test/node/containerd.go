@@ -51,6 +51,9 @@ const containerdConfig = `version = 2
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.crun.options]
       BinaryName = "/usr/bin/crun"
       SystemdCgroup = false
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.native]
+      runtime_type = "io.containerd.runc.v2"
+      snapshotter = "native"
 `
 
 const cniConfig = `{
