@@ -306,9 +306,7 @@ func fileRows() []row {
 	return []row{
 		plain("changes to the image", "changed, deleted, renamed, replaced; opaque directories; a directory for a file and the reverse", "changes"),
 		plain("special files", "device nodes, FIFOs, hard links, symbolic links", "special"),
-		{name: "sparse files", what: "of 64 MiB, with gaps between data, at the end, and nothing else", kinds: []string{"sparse"}, limits: []limit{{
-			step: restoring, reason: "Their gaps are written out.", text: "sparse false",
-		}}},
+		plain("sparse files", "of 64 MiB, with gaps between data, at the end, and nothing else", "sparse"),
 		plain("extended attributes", "file capabilities, access control lists, a user's", "attributes"),
 		plain("owners and modes", "setuid, sticky, large numbers, no permissions", "owners"),
 		plain("names", "newlines, quotes, 255 bytes, not UTF-8", "names"),
