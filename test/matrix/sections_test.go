@@ -70,6 +70,8 @@ func descriptorRows() []row {
 		{name: "epoll", what: "ready and not, one watching another", kinds: []string{"epoll"}},
 		{name: "locks", what: "flock, fcntl of a process and of an open file", kinds: []string{"locks"}},
 		{name: "pseudoterminals", what: "both ends; the terminal of a session", kinds: []string{"ptys"}},
+		{name: "TCP sockets", what: "listening; connected, with data each way that nobody has read yet", kinds: []string{"tcp"}},
+		{name: "UDP sockets", what: "bound, connected", kinds: []string{"udp"}},
 		{name: "unix sockets", what: "pairs of each type with data in them; listening and connected by name", kinds: []string{"unix"}},
 		{name: "peer's name of a unix connection", what: "what getpeername says", kinds: []string{"peer-name"}, limits: []limit{{
 			step: restoring, reason: "CRIU connects the two ends without their names.", text: `was "peer \"@peer\"", is "peer \"@\""`,

@@ -60,6 +60,9 @@ func kinds() map[string]kind {
 		"passing":   passing,
 		"waiting":   waiting,
 		"peer-name": peerName,
+		// inet.go
+		"tcp": tcpSockets,
+		"udp": udpSockets,
 		// streams.go
 		"stdin":    stdin,
 		"terminal": terminal,
