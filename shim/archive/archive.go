@@ -7,6 +7,9 @@
 // replaced. Until then everything lies in the staging directory, which Remove
 // deletes without a trace.
 //
+// The other way, Verify reads an archive, whoever has written it, and tells whether
+// it is sound.
+//
 // It never follows a symbolic link that anyone but root could have made, never
 // writes by path (what was checked is held by its descriptor), and knows nothing
 // of CRI or of CRIU's process: what the members mean is its callers' affair.

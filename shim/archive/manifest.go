@@ -1,6 +1,7 @@
 package archive
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -24,9 +25,9 @@ const manifestVersion = 1
 
 // Manifest is the content of crishim.json.
 type Manifest struct {
-	Version int      `json:"version"`
-	Origin  Origin   `json:"origin"`
-	Members []Digest `json:"members"` // all other regular files, in the archive's order
+	Version int     `json:"version"`
+	Origin  Origin  `json:"origin"`
+	Members Digests `json:"members"` // of all other regular files, in the archive's order
 }
 
 // NewManifest returns a manifest to be staged as ManifestName. Assemble fills in the
@@ -50,6 +51,31 @@ type Digest struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
 	SHA256 string `json:"sha256"` // of its bytes, in hexadecimal
+}
+
+// Digests is a list that takes no more memory than one of an archive has to.
+type Digests []Digest
+
+// UnmarshalJSON stops where there are more than an archive has members.
+func (d *Digests) UnmarshalJSON(data []byte) error {
+	if string(data) == "null" {
+		return nil
+	}
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	if start, err := decoder.Token(); err != nil || start != json.Delim('[') {
+		return errors.Join(err, errors.New("members are no list"))
+	}
+	for decoder.More() {
+		if len(*d) == maxMembers {
+			return fmt.Errorf("it names more than %d members", maxMembers)
+		}
+		var next Digest
+		if err := decoder.Decode(&next); err != nil {
+			return err
+		}
+		*d = append(*d, next)
+	}
+	return nil
 }
 
 // noSum stands in for a digest that is not known yet. All have the same length, so

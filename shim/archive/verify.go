@@ -19,9 +19,10 @@ import (
 // Bounds of what is taken for an archive. They are far above what a container has,
 // and keep a hostile one from filling the memory of whoever looks at it.
 const (
-	maxMembers  = 1 << 19  // an image for each of as many connections
-	maxName     = 255      // bytes of a name, less the directory: what a file system takes
-	maxMetadata = 32 << 20 // bytes of a member that is read as a whole
+	maxMembers  = 1 << 19   // an image for each of as many connections
+	maxName     = 255       // bytes of a name, less the directory: what a file system takes
+	maxManifest = 128 << 20 // bytes of crishim.json, of which each member takes some
+	maxMetadata = 4 << 20   // bytes of other members that are read as a whole: more than Kubernetes keeps of a pod
 	maxProblems = 20
 )
 
@@ -226,7 +227,7 @@ func (v *verifier) file(h *tar.Header, content io.Reader) error {
 func (v *verifier) meaning(name string, size int64, content io.Reader) error {
 	switch name {
 	case ManifestName:
-		return readWhole(size, content, func(data []byte) (err error) {
+		return readWhole(size, maxManifest, content, func(data []byte) (err error) {
 			v.report.Manifest, err = parseManifest(data)
 			return err
 		})
@@ -246,14 +247,14 @@ func (v *verifier) meaning(name string, size int64, content io.Reader) error {
 }
 
 func readJSON(size int64, content io.Reader, value any) error {
-	return readWhole(size, content, func(data []byte) error { return json.Unmarshal(data, value) })
+	return readWhole(size, maxMetadata, content, func(data []byte) error { return json.Unmarshal(data, value) })
 }
 
 // readWhole reads a member into memory. One that is cut off is no error here: reading
 // on meets the end again.
-func readWhole(size int64, content io.Reader, use func(data []byte) error) error {
-	if size > maxMetadata {
-		return fmt.Errorf("it has %d bytes: %d are the most that make sense", size, maxMetadata)
+func readWhole(size, most int64, content io.Reader, use func(data []byte) error) error {
+	if size > most {
+		return fmt.Errorf("it has %d bytes: %d are the most that make sense", size, most)
 	}
 	data, err := io.ReadAll(content)
 	if err != nil {

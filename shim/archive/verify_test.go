@@ -146,6 +146,8 @@ func TestVerifyTellsWhatIsWrong(t *testing.T) {
 		"a dot in front":           {with(file("./spec.dump", "{}")), "named without ./ in front"},
 		"a forged line":            {with(file("x\nstructure  sound", "")), `"x\nstructure  sound": a name must not contain control characters`},
 		"a very long name":         {with(file(strings.Repeat("n", 256), "")), "255 bytes at most"},
+		"members are no list":      {with(file(ManifestName, `{"version":1,"members":7}`)), "members are no list"},
+		"metadata without end":     {with(file(BindMounts, strings.Repeat(" ", maxMetadata+1))), "4194304 are the most that make sense"},
 		"twice":                    {with(file(SpecDump, "{}")), "spec.dump is there twice"},
 		"sparse":                   {sparseTar(t), "sparse"},
 		"a manifest of the future": {with(file(ManifestName, `{"version":2}`)), "use a newer crishim"},
