@@ -65,7 +65,7 @@ func TestPod(t *testing.T) {
 				output(t, second, "touch", m[2])
 			}
 		}
-		id := podmanRestore(t, second, "/data/podman.tar")
+		id := podmanRestore(t, second, "/data/podman.tar", "--name", "moved")
 		goesOn(t, cp, func() (string, error) { return second.Output(t.Context(), "podman", "logs", id) })
 	})
 }

@@ -21,7 +21,7 @@ func TestPodman(t *testing.T) {
 			output(t, second, crishim, "convert", "--to", "podman", cp.path, archive)
 			sound(t, second, archive)
 
-			id := podmanRestore(t, second, archive, "--tcp-established", "--file-locks", "--name", "moved")
+			id := podmanRestore(t, second, archive, "--tcp-established", "--file-locks")
 			goesOn(t, cp, func() (string, error) { return second.Output(t.Context(), "podman", "logs", id) })
 			if got := output(t, second, "podman", "exec", id, "/bin/sh", "-c", state) + "\n"; got != want {
 				t.Errorf("files are\n%swant\n%s", got, want)
