@@ -254,7 +254,8 @@ func TestAFailedDumpSaysWhy(t *testing.T) {
 	running, description := run(t, "runc")
 	description.ExternalMounts = nil
 	r := carryOut(t, order{Container: description, Dir: newDir(t)})
-	if !strings.Contains(r.Error, "doesn't have a proper root mount") || !strings.Contains(r.Error, "unmount it first") {
+	if !strings.HasPrefix(r.Error, "criu cannot dump the container: mount /etc/") || !strings.Contains(r.Error, "doesn't have a proper root mount") ||
+		!strings.Contains(r.Error, "unmount it") {
 		t.Errorf("error is %q", r.Error)
 	}
 	node.WaitMore(t, running.Log)
