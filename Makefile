@@ -41,8 +41,8 @@ test: setup lint build test-node test-e2e test-matrix ## all tests; as root, ins
 .PHONY: test-node
 test-node: bin/testnode
 	bin/testnode build
-	timeout 15m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
-	timeout 10m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --cgroup-v2 --' \
+	timeout 20m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
+	timeout 15m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --cgroup-v2 --' \
 		./criu ./shim/container ./shim/checkpoint | test/no-skips.sh
 
 # Whole nodes with a kubelet, driven from the host. Go's cache of results does not know of the binary that they build: -count=1.
