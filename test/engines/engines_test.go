@@ -126,9 +126,10 @@ const (
 	changes = `set -e
 		echo kept >/root/new; ln -s new /root/link; ln /root/new /root/hard; mkdir -m 0750 /root/dir
 		rm /bin/df; rm -r /tmp; mkdir /tmp; echo in it >/tmp/f
+		dd if=/dev/zero of=/root/sparse bs=1 count=0 seek=1M 2>/dev/null; echo end >>/root/sparse
 		chmod 0700 /etc; chmod 4711 /bin/workload; echo in memory >/dev/shm/m`
 	state = `cat /root/link; stat -c '%n %a %F %u:%g %h' /root/new; stat -c '%n %a %F %u:%g' /root/dir /tmp /tmp/f /etc /bin/workload
-		ls -d /bin/df 2>&1; cat /tmp/f`
+		ls -d /bin/df 2>&1; cat /tmp/f; stat -c '%n %s' /root/sparse; dd if=/root/sparse bs=1M skip=1 2>/dev/null`
 )
 
 func exec(t *testing.T, c *node.Container, script string) string {
