@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Bounds in bytes. files.img has about a hundred for each open file, and cgroup.img has one entry, with some hundred for each cgroup.
+// Bounds in bytes. files.img has about a hundred for each open file.
 const (
 	maxImage = 256 << 20
 	maxEntry = 16 << 20

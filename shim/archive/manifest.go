@@ -44,6 +44,7 @@ type Origin struct {
 	Kernel         string   `json:"kernel"`                   // release, as uname -r has it
 	Architecture   string   `json:"architecture"`             // as Go and OCI images name it: amd64, arm64
 	CPUFeatures    []string `json:"cpuFeatures,omitempty"`    // extensions of the instruction set that processes may use
+	CgroupVersion  int      `json:"cgroupVersion,omitempty"`  // 1 or 2: of the hierarchy in which the container can be frozen
 }
 
 // Digest says what a member must be like.

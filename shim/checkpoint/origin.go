@@ -30,6 +30,7 @@ func (s *Service) origin(ctx context.Context, features criu.Features, c *contain
 		Kernel:         unix.ByteSliceToString(name.Release[:]),
 		Architecture:   runtime.GOARCH,
 		CPUFeatures:    cpuFeatures(),
+		CgroupVersion:  cgroupVersion(c.Freezer),
 	}
 }
 
@@ -72,6 +73,18 @@ func cpuFeatures() []string {
 		}
 	}
 	return found
+}
+
+// cgroupVersion is that of the hierarchy that a directory is in, 0 if that cannot be found out.
+func cgroupVersion(dir string) int {
+	var fs unix.Statfs_t
+	switch {
+	case unix.Statfs(dir, &fs) != nil:
+		return 0
+	case fs.Type == unix.CGROUP2_SUPER_MAGIC:
+		return 2
+	}
+	return 1
 }
 
 var hexID = regexp.MustCompile(`^(?:sha256:)?([0-9a-f]{64})$`)

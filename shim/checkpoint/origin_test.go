@@ -47,10 +47,14 @@ func TestArchiveTellsItsOrigin(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			cgroup := 1
+			if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
+				cgroup = 2
+			}
 			origin := report.Manifest.Origin
 			if origin.Kernel != strings.TrimSpace(string(release)) || origin.Architecture != runtime.GOARCH || len(origin.CPUFeatures) == 0 ||
 				origin.RuntimeVersion == "" || !strings.HasPrefix(string(version), handler+" version "+origin.RuntimeVersion+"\n") ||
-				!regexp.MustCompile(`^4\.\d`).MatchString(origin.Criu) || origin.Crishim != "test" {
+				!regexp.MustCompile(`^4\.\d`).MatchString(origin.Criu) || origin.Crishim != "test" || origin.CgroupVersion != cgroup {
 				t.Errorf("origin is %+v", origin)
 			}
 			if !regexp.MustCompile(`^[0-9a-f]{64}$`).MatchString(report.Config.RootfsImageID) {

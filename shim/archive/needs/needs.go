@@ -12,7 +12,6 @@ import (
 	"strings"
 	"unicode"
 
-	"github.com/checkpoint-restore/go-criu/v7/crit/images/cgroup"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	filelock "github.com/checkpoint-restore/go-criu/v7/crit/images/file-lock"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/pstree"
@@ -37,8 +36,7 @@ type Images struct {
 	connections  int
 	addresses    []netip.Addr // of this end of connections, loopback left out
 	locks        int
-	controllers  []string // of cgroups; "" is the unified hierarchy
-	shm          bool     // the archive has the content of /dev/shm
+	shm          bool // the archive has the content of /dev/shm
 }
 
 // Look reads what is of interest among an archive's members.
@@ -54,8 +52,6 @@ func (i *Images) Look(name string, size int64, content io.Reader) error {
 		return image.Read(content, size, "PSTREE", func(p *pstree.PstreeEntry) { i.pids = append(i.pids, p.GetPid()) })
 	case archive.ImagesDir + "/filelocks.img":
 		return image.Read(content, size, "FILE_LOCKS", func(*filelock.FileLockEntry) { i.locks++ })
-	case archive.ImagesDir + "/cgroup.img":
-		return image.Read(content, size, "CGROUP", i.cgroups)
 	}
 	return nil
 }
@@ -107,12 +103,6 @@ func source(s *skinet.InetSkEntry) netip.Addr {
 	return address.Unmap()
 }
 
-func (i *Images) cgroups(c *cgroup.CgroupEntry) {
-	for _, controller := range c.GetControllers() {
-		i.controllers = append(i.controllers, controller.GetCnames()...)
-	}
-}
-
 // List returns what the archive needs, once Verify has found nothing wrong.
 func (i *Images) List(report *archive.Report) []Need {
 	var needs []Need
@@ -140,12 +130,8 @@ func (i *Images) List(report *archive.Report) []Need {
 		}
 		add("cpu", "%s", Plain(origin.Architecture+with))
 	}
-	if len(i.controllers) > 0 {
-		version := 1
-		if slices.Equal(i.controllers, []string{""}) {
-			version = 2
-		}
-		add("cgroup", "version %d", version)
+	if origin.CgroupVersion != 0 {
+		add("cgroup", "version %d", origin.CgroupVersion)
 	}
 	i.namespaces(&report.Spec, add)
 	i.mounts(report, add)

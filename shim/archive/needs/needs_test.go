@@ -10,7 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/checkpoint-restore/go-criu/v7/crit/images/cgroup"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	filelock "github.com/checkpoint-restore/go-criu/v7/crit/images/file-lock"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fown"
@@ -79,7 +78,6 @@ func members(t testing.TB, change map[string]string) [][2]string {
 		{"status.dump", "{}"},
 		{"bind.mounts", `[{"destination":"/data","file_type":"directory"},{"destination":"/dev/shm","file_type":"directory"}]`},
 		{"checkpoint/", ""},
-		{"checkpoint/cgroup.img", imageOf(t, "CGROUP", &cgroup.CgroupEntry{Controllers: []*cgroup.CgControllerEntry{{Cnames: []string{""}}}})},
 		{"checkpoint/descriptors.json", "[]"},
 		{"checkpoint/filelocks.img", ""},
 		{"checkpoint/files.img", imageOf(t, "FILES")},
@@ -129,7 +127,6 @@ func TestNeeds(t *testing.T) {
 		"runtime: runc; another one may not take its images",
 		"criu: 4.1.1 or later",
 		"kernel: Linux 6.12.1-amd64, or one that has all of it that the processes use",
-		"cgroup: version 2",
 		"mount: /data: a directory, which was /srv/data",
 		"mount: /dev/shm: a directory, whose content the archive has",
 	}
@@ -140,9 +137,9 @@ func TestNeeds(t *testing.T) {
 		"plain": {},
 		"what crishim knows": {
 			map[string]string{"crishim.json": `{"version":1,"origin":{"crishim":"1.2.3","runtimeVersion":"1.1.15","criu":"4.2.1","kernel":"6.18.0",` +
-				`"architecture":"amd64","cpuFeatures":["avx","avx2"]}}`},
+				`"architecture":"amd64","cpuFeatures":["avx","avx2"],"cgroupVersion":2}}`},
 			[]string{"runtime: runc (1.1.15 at the dump); another one may not take its images", "criu: 4.2.1 or later",
-				"kernel: Linux 6.18.0, or one that has all of it that the processes use", "cpu: amd64 with avx, avx2"},
+				"kernel: Linux 6.18.0, or one that has all of it that the processes use", "cpu: amd64 with avx, avx2", "cgroup: version 2"},
 		},
 		"connections": {
 			map[string]string{"checkpoint/files.img": imageOf(t, "FILES",
