@@ -120,7 +120,7 @@ func diagnoseLog(log io.Reader, err error) (*Error, place) {
 		for i := range limits {
 			if limits[i].match(m[1], &at) {
 				// What led to it says more than what followed from it.
-				result.Limit, result.Cause = &limits[i], strings.TrimSpace(m[1])
+				result.Limit, result.Cause = &limits[i], m[1]
 				break
 			}
 		}
@@ -185,12 +185,11 @@ func atoi(s string) int {
 // printable makes one line of what the container may have chosen.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
-		switch {
-		case r == unicode.ReplacementChar, !unicode.IsPrint(r):
+		if r == unicode.ReplacementChar || !unicode.IsPrint(r) {
 			return '?'
 		}
 		return r
-	}, s)
+	}, strings.Join(strings.Fields(s), " "))
 }
 
 // shorten cuts a text to at most size bytes.

@@ -71,8 +71,9 @@ var limits = []Limit{
 	},
 	{
 		Name: "mount that the specification does not know", Kind: Unsupported,
-		Advice:  "it was made after the start, or by a hook; unmount it, or have it in the container's specification, as CDI devices do",
-		pattern: regexp.MustCompile(`\d+:(?P<mount>.*) doesn't have a proper root mount|FS mnt (?P<mount>.*) dev 0x\S* root .* unsupported id`),
+		Advice: "it was made after the start, or by a hook; unmount it, or have it in the container's specification, as CDI devices do",
+		pattern: regexp.MustCompile(`\d+:(?P<mount>.*) doesn't have a proper root mount|FS mnt (?P<mount>.*) dev 0x\S* root .* unsupported id|` +
+			`Mount \d+ (?P<mount>.*) \(master_id: \d+ shared_id: \d+\) has unreachable sharing`),
 	},
 	{
 		Name: "large deleted file that is open", Kind: Unsupported,

@@ -93,11 +93,11 @@ func (c Container) asleep() (map[string]status, error) {
 	return asleep, nil
 }
 
-// tracer names the process that traces another, whose pid the kernel has told.
-func tracer(pid int) string {
-	s, err := readStatus(statusPath(pid))
+// tracer names the process one of whose threads traces another.
+func tracer(thread int) string {
+	s, err := readStatus(statusPath(thread))
 	if err != nil {
-		return fmt.Sprintf("process %d of the node", pid)
+		return "another process" // one that has ended, or one outside of our pid namespace
 	}
-	return fmt.Sprintf("process %d of the node (%s)", pid, printable(s.name))
+	return fmt.Sprintf("process %s of the node (%s)", s.pid, printable(s.name))
 }

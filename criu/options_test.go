@@ -1,6 +1,7 @@
 package criu
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -45,6 +46,38 @@ func TestOptions(t *testing.T) {
 					t.Errorf("options are\n%s\nwant\n%s", protojson.Format(got), protojson.Format(want))
 				}
 			})
+		}
+	}
+}
+
+func TestChooseNetwork(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	choose := func(version int) networkMode {
+		t.Helper()
+		// This process is the container, and a criu that is not there can lock by default alone.
+		mode, err := Dump{Criu: "/nowhere/criu", Version: version, Container: Container{Pid: os.Getpid()}}.chooseNetwork(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return mode
+	}
+	for version, want := range map[int]networkMode{0: lockNetwork, 31600: lockNetwork, 31800: lockNetwork, 31900: skipNetworkLock, 40201: skipNetworkLock} {
+		if got := choose(version); got != want {
+			t.Errorf("without a connection, criu %s: %d, want %d", versionString(version), got, want)
+		}
+	}
+	conn, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for _, version := range []int{31600, 31900, 40201} {
+		if got := choose(version); got != lockNetwork {
+			t.Errorf("with a connection, criu %s: %d, want %d", versionString(version), got, lockNetwork)
 		}
 	}
 }

@@ -64,7 +64,8 @@ func processesOf(cgroup string) ([]int, error) {
 type status struct {
 	name     string // as the kernel escapes it
 	state    string // a letter
-	inner    string // its pid in its own pid namespace
+	pid      string // of the process, not the thread
+	inner    string // the same in its own pid namespace
 	tracer   int    // 0 if none
 	switches string // how often it has gone to sleep
 }
@@ -86,6 +87,8 @@ func readStatus(path string) (status, error) {
 			s.name = value
 		case "State":
 			s.state, _, _ = strings.Cut(value, " ")
+		case "Tgid":
+			s.pid = value
 		case "NStgid":
 			s.inner = value[strings.LastIndexByte(value, '\t')+1:]
 		case "TracerPid":

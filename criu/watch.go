@@ -23,7 +23,7 @@ import (
 // that. What a pre-dump has found before, it takes from a file: so the paths are looked for here, while the tasks run, and put into it.
 
 // watchCache is CRIU's name of the file, in its working directory.
-const watchCache = "irmap-cache.img"
+const watchCache = "irmap-cache"
 
 // maxScanned bounds how many files are looked at for those that are watched: a container can have any number.
 const maxScanned = 1 << 20

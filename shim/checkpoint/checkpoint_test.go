@@ -31,6 +31,10 @@ func TestMain(m *testing.M) {
 		// Not by os.Exit, at which the race detector sleeps for a second in case that a race shows up.
 		syscall.Exit(checkpoint.HelperMain())
 	}
+	if len(os.Args) > 2 && os.Args[1] == underFilter {
+		fmt.Fprintln(os.Stderr, underFilterMain(os.Args[2:]))
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
 

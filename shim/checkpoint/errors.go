@@ -74,7 +74,7 @@ func oneLine(text string, limit int) string {
 			return '?'
 		}
 		return r
-	}, strings.ReplaceAll(strings.TrimSpace(text), "\n", "; "))
+	}, strings.Join(strings.Fields(strings.ReplaceAll(strings.TrimSpace(text), "\n", "; ")), " "))
 	if runes := []rune(text); len(runes) > limit {
 		text = string(runes[:limit-1]) + "…"
 	}

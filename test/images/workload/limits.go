@@ -15,12 +15,13 @@ import (
 // limit sets up what CRIU cannot dump, or hardly, and then counts. What it opens stays open until it ends.
 //
 //	mptcp               listens by MPTCP
-//	alg                 has a socket of a kind that few know
+//	vsock               has a socket of a kind that few know
 //	unix NETWORK PATH   is connected to the unix socket PATH, as NETWORK (unix or unixgram) has it
 //	inotify DIR         watches a directory, changes it at each step, and expects to hear of that
 //	inotify-deleted     watches a file that was deleted and is open
 //	io-uring            has a ring
 //	sysv-shm            has a segment of System V shared memory attached
+//	userfaultfd         has a descriptor for the page faults of its own
 //	open PATH           has a file or device open
 //	link PATH           has a file open by a name that was deleted, of which PATH is another, and expects to have the same one
 //	deleted SIZE        has a deleted file of so many bytes open
@@ -29,8 +30,9 @@ import (
 //	page-fault          has the kernel wait for memory that never comes, and so cannot be stopped
 func limit(args []string) error {
 	kinds := map[string]func(args []string) (check func() error, err error){
-		"mptcp": listenMPTCP, "alg": algSocket, "unix": dialUnix, "inotify": watch, "inotify-deleted": watchDeleted, "io-uring": ring,
-		"sysv-shm": attach, "open": openDevice, "link": openLink, "deleted": openDeleted, "user-namespace": newUserNamespace,
+		"mptcp": listenMPTCP, "vsock": vsock, "unix": dialUnix, "inotify": watch, "inotify-deleted": watchDeleted, "io-uring": ring,
+		"userfaultfd": userfaultfd,
+		"sysv-shm":    attach, "open": openDevice, "link": openLink, "deleted": openDeleted, "user-namespace": newUserNamespace,
 		"vfork": vfork, "page-fault": pageFault,
 	}
 	if len(args) == 0 || kinds[args[0]] == nil {
@@ -60,9 +62,9 @@ func listenMPTCP([]string) (func() error, error) {
 	return func() error { _ = listener.Addr(); return nil }, err
 }
 
-func algSocket([]string) (func() error, error) {
-	const family = 38 // AF_ALG
-	_, err := syscall.Socket(family, syscall.SOCK_SEQPACKET, 0)
+func vsock([]string) (func() error, error) {
+	const family = 40 // AF_VSOCK
+	_, err := syscall.Socket(family, syscall.SOCK_STREAM, 0)
 	return nothing, err
 }
 
@@ -78,6 +80,9 @@ func dialUnix(args []string) (func() error, error) {
 func watch(args []string) (func() error, error) {
 	dir, err := argument(args, 0)
 	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
 	fd, err := syscall.InotifyInit1(syscall.IN_NONBLOCK)
@@ -229,6 +234,14 @@ func vfork([]string) (func() error, error) {
 			syscall.RawSyscall(syscall.SYS_PPOLL, 0, 0, 0)
 		}
 	}()
+	return nothing, nil
+}
+
+func userfaultfd([]string) (func() error, error) {
+	const userModeOnly = 1 // UFFD_USER_MODE_ONLY, which needs no privilege
+	if _, _, errno := syscall.Syscall(sysUserfaultfd, userModeOnly, 0, 0); errno != 0 {
+		return nil, errno
+	}
 	return nothing, nil
 }
 
