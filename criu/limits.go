@@ -101,7 +101,7 @@ var limits = []Limit{
 	},
 	{
 		Name: "io_uring", Kind: Unsupported,
-		Advice:     "CRIU cannot dump io_uring; switch it off in the program",
+		Advice:     "CRIU cannot dump io_uring; switch it off in the program, or deny io_uring_setup by a seccomp profile",
 		pattern:    regexp.MustCompile(`Can't dump file (?P<fd>\d+) of that type .*io_uring|Can't retrieve FDs from socket`),
 		descriptor: func(link string) bool { return link == "anon_inode:[io_uring]" },
 	},
