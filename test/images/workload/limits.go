@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -93,15 +94,21 @@ func watch(args []string) (func() error, error) {
 		return nil, err
 	}
 	events := make([]byte, 4096)
-	return func() error {
+	hear := func() error {
 		name := filepath.Join(dir, "event")
 		if err := os.WriteFile(name, nil, 0o600); err != nil {
 			return err
 		}
-		if _, err := syscall.Read(fd, events); err != nil {
-			return fmt.Errorf("read of events: %w", err)
+		_, err := syscall.Read(fd, events)
+		return errors.Join(err, os.Remove(name))
+	}
+	return func() error {
+		err := hear()
+		if errors.Is(err, syscall.EAGAIN) {
+			// CRIU keeps the watch, and not the events that wait to be read: one may have been lost by a dump in between.
+			err = hear()
 		}
-		return os.Remove(name)
+		return err
 	}, nil
 }
 
