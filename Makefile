@@ -36,14 +36,16 @@ unit: ## the quick tests: no root, no node
 .PHONY: test
 test: setup lint build test-node test-e2e test-matrix ## all tests; as root, installs what it needs
 
-# The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; and what knows of cgroups once more
-# where there is cgroup v2 alone.
+# The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; what knows of cgroups once more
+# where there is cgroup v2 alone; and what knows of a runtime's mounts with later runtimes.
 .PHONY: test-node
 test-node: bin/testnode
 	bin/testnode build
 	timeout 20m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --' $(PACKAGES) | test/no-skips.sh
 	timeout 15m $(GO) test -count=1 -race -v -exec '$(CURDIR)/bin/testnode run --cgroup-v2 --' \
 		./criu ./shim/container ./shim/checkpoint | test/no-skips.sh
+	timeout 5m $(GO) test -count=1 -race -v -run 'TestWithinTheLimits/masked' -exec '$(CURDIR)/bin/testnode run --root=containerd-2 --' \
+		./shim/checkpoint | test/no-skips.sh
 
 # Whole nodes with a kubelet, driven from the host. Go's cache of results does not know of the binary that they build: -count=1.
 .PHONY: test-e2e

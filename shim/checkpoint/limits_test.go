@@ -182,10 +182,7 @@ func TestLimits(t *testing.T) {
 
 func (l limit) test(t *testing.T, row documentedLimit) {
 	containerd := node.Containerd(t)
-	if err := os.MkdirAll(volume, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(volume) })
+	makeVolume(t)
 	if l.before != nil {
 		l.before(t)
 	}
@@ -280,22 +277,7 @@ func TestWithinTheLimits(t *testing.T) {
 					t.Fatal(err)
 				}
 				node.WaitMore(t, c.Log)
-				archive, err := os.Open(path)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer archive.Close()
-				restored, err := restore.Archive(t.Context(), restore.Local(), archive, node.WorkloadImage)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer func() {
-					if err := restored.Remove(context.Background()); err != nil {
-						t.Error(err)
-					}
-				}()
-				node.WaitCount(t, 0, restored.Output)
-				node.WaitMore(t, restored.Output)
+				restoreHere(t, path)
 				if left, err := c.Exec(t.Context(), "/bin/sh", "-c", "ls -a / /bin /tmp /dev/shm"); err != nil || strings.Contains(left, "link_remap") {
 					t.Errorf("the original container is left with %v %s", err, left)
 				}
@@ -307,6 +289,75 @@ func TestWithinTheLimits(t *testing.T) {
 			})
 		}
 	}
+}
+
+// An administrator can have a datagram socket dumped that is connected to one outside, where its peer is there on restore.
+func TestADatagramSocketWithAPeerOutside(t *testing.T) {
+	containerd, crishim := serve(t)
+	makeVolume(t)
+	peer, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: volume + "/socket", Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	const config = "/etc/criu/runc.conf"
+	if err := os.MkdirAll(filepath.Dir(config), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(config, []byte("ext-unix-sk\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(config)
+	hostNetwork := &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER, Network: runtimeapi.NamespaceMode_NODE}
+	for _, runtime := range []string{"runc", "crun"} {
+		t.Run(runtime, func(t *testing.T) {
+			spec := inVolume(running(namespaces(hostNetwork), command("unix", "unixgram", volume+"/socket")))
+			spec.Handler = runtime
+			c := containerd.Run(t, spec)
+			node.WaitCount(t, 0, c.Log)
+			path := location(t)
+			if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
+				t.Fatal(err)
+			}
+			node.WaitMore(t, c.Log)
+			restoreHere(t, path)
+		})
+	}
+}
+
+// restoreHere restores an archive, and waits until its workload goes on.
+func restoreHere(t *testing.T, path string) {
+	t.Helper()
+	archive, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer archive.Close()
+	machine := restore.Local()
+	machine.Volumes = map[string]string{volume: volume}
+	restored, err := restore.Archive(t.Context(), machine, archive, node.WorkloadImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := restored.Remove(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}()
+	node.WaitCount(t, 0, restored.Output)
+	node.WaitMore(t, restored.Output)
+}
+
+func makeVolume(t *testing.T) {
+	t.Helper()
+	if err := os.MkdirAll(volume, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(volume); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // documentedLimit is a row of docs/limits.md.
