@@ -53,7 +53,7 @@ type instance struct {
 // run takes a container all the way. What differs between the original before and after the dump fails the test; what differs in
 // the restored one is an error of the restore.
 func (s *site) run(t *testing.T, r row, runtime string) outcome {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	// The same directory on both nodes, as volumes are at the same place for a pod that is moved.
 	dir := "/data/volumes/" + strings.NewReplacer("/", "-").Replace(t.Name())

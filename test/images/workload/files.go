@@ -45,7 +45,7 @@ func listTree(dir string, w io.Writer) (entries int, err error) {
 	}
 	// Which names are one file: the first of them stands for all.
 	names := map[uint64]string{}
-	content := sha256.New()
+	content, buffer := sha256.New(), make([]byte, 64<<10) // one for all of what may be many files
 	err = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -81,14 +81,14 @@ func listTree(dir string, w io.Writer) (entries int, err error) {
 					names[stat.Ino] = path
 				}
 			}
-			sum, err := digest(path, content)
+			sum, err := digest(path, content, buffer)
 			if err != nil {
 				return err
 			}
 			// Half of a file is too much to be called a gap: file systems allocate in their own units.
 			line += fmt.Sprintf(" %d bytes, sparse %t, %s, at %d", stat.Size, stat.Blocks*512 < stat.Size/2, sum, stat.Mtim.Sec)
 		}
-		attributes, err := xattrs(path)
+		attributes, err := xattrs(path, buffer)
 		if err != nil {
 			return err
 		}
@@ -98,26 +98,26 @@ func listTree(dir string, w io.Writer) (entries int, err error) {
 	return entries, err
 }
 
-func digest(path string, h hash.Hash) (string, error) {
+func digest(path string, h hash.Hash, buffer []byte) (string, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return "", err
 	}
 	defer file.Close()
 	h.Reset()
-	if _, err := io.Copy(h, file); err != nil {
+	// Without the file's own methods, which would not use the buffer.
+	if _, err := io.CopyBuffer(h, struct{ io.Reader }{file}, buffer); err != nil {
 		return "", err
 	}
 	return hex.EncodeToString(h.Sum(nil)[:8]), nil
 }
 
 // xattrs are a file's extended attributes. Those of a link are nobody's: package syscall follows it.
-func xattrs(path string) (string, error) {
+func xattrs(path string, buffer []byte) (string, error) {
 	info, err := os.Lstat(path)
 	if err != nil || info.Mode()&fs.ModeSymlink != 0 {
 		return "", err
 	}
-	buffer := make([]byte, 64<<10)
 	size, err := syscall.Listxattr(path, buffer)
 	if err == syscall.ENOTSUP {
 		return "", nil
