@@ -57,7 +57,7 @@ test-e2e: bin/testnode
 .PHONY: test-matrix
 test-matrix: bin/testnode
 	bin/testnode build
-	timeout 25m $(GO) test -count=1 -race -v -timeout 24m ./test/matrix | test/no-skips.sh
+	timeout 30m $(GO) test -count=1 -race -v -timeout 29m ./test/matrix | test/no-skips.sh
 
 .PHONY: compatibility
 compatibility: bin/testnode ## write docs/compatibility.md anew, from what the tests see
