@@ -42,13 +42,9 @@ type dockerNode struct {
 // start starts a node with Docker on its own containerd, or on that of the node.
 func start(t *testing.T, options node.Options, ownContainerd bool) dockerNode {
 	t.Helper()
-	node.RequireRoot(t, testing.Short())
-	binary, err := node.BuildCrishim(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary := node.Crishim(t)
 	options.Root = node.Docker
-	n := startNode(t, options)
+	n := node.StartFor(t, options)
 	if !ownContainerd {
 		if _, err := n.StartContainerd(t.Context()); err != nil {
 			t.Fatal(err)
@@ -74,21 +70,6 @@ func start(t *testing.T, options node.Options, ownContainerd bool) dockerNode {
 		t.Fatal(err)
 	}
 	return dockerNode{n, n.DockerClient(), client}
-}
-
-func startNode(t *testing.T, options node.Options) *node.Node {
-	t.Helper()
-	n, err := node.Start(t.Context(), options)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		n.ShowLogs(t)
-		if err := n.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	return n
 }
 
 // run runs a container that is removed at the test's end. Its image is one that Docker can pull.
@@ -182,10 +163,7 @@ func TestCheckpointIsRestored(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			d := start(t, node.Options{CgroupV2: test.cgroupV2}, test.ownContainerd)
-			other := startNode(t, node.Options{Hostname: "other", CgroupV2: test.cgroupV2})
-			if _, err := other.StartContainerd(t.Context()); err != nil {
-				t.Fatal(err)
-			}
+			other := node.StartContainerdFor(t, node.Options{Hostname: "other", CgroupV2: test.cgroupV2})
 			for _, runtime := range test.runtimes {
 				t.Run(runtime, func(t *testing.T) { checkpointAndRestore(t, d, other, runtime) })
 			}

@@ -202,12 +202,7 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 // dial returns a client of the node's crishim.
 func dial(t *testing.T, n *node.Node) *node.Client {
 	t.Helper()
-	client, err := n.DialCRI(node.CrishimSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close() })
-	return client
+	return n.Client(t, node.CrishimSocket)
 }
 
 // archived is where take puts its archive.

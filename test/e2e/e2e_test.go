@@ -17,35 +17,12 @@ import (
 // start starts a node with containerd and crishim in front of it, and returns the crishim that it has built.
 func start(t *testing.T, options node.Options, args ...string) (*node.Node, string) {
 	t.Helper()
-	node.RequireRoot(t, testing.Short())
-	binary, err := node.BuildCrishim(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := startNode(t, options)
+	binary := node.Crishim(t)
+	n := node.StartContainerdFor(t, options)
 	if _, err := n.StartCrishim(t.Context(), binary, append([]string{"--log-level", "debug"}, args...)...); err != nil {
 		t.Fatal(err)
 	}
 	return n, binary
-}
-
-// startNode starts a node with containerd alone.
-func startNode(t *testing.T, options node.Options) *node.Node {
-	t.Helper()
-	n, err := node.Start(t.Context(), options)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		n.ShowLogs(t)
-		if err := n.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, err := n.StartContainerd(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return n
 }
 
 // startKubelet starts a kubelet in front of a socket of the node, with a pod that counts.

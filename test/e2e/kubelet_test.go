@@ -58,7 +58,7 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 		}
 	})
 	t.Run("restore on another node", func(t *testing.T) {
-		second := startNode(t, node.Options{Hostname: "second"})
+		second := node.StartContainerdFor(t, node.Options{Hostname: "second"})
 		archive, err := os.Open(n.Path(path))
 		if err != nil {
 			t.Fatal(err)

@@ -13,8 +13,6 @@ import (
 	"testing"
 	"time"
 
-	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
-
 	"crishim/test/node"
 	"crishim/test/restore"
 )
@@ -30,13 +28,13 @@ func runContainer(t *testing.T, client *node.Client, spec node.Spec) *node.Conta
 }
 
 // address is that of a container's pod.
-func address(t *testing.T, client *node.Client, c *node.Container) string {
+func address(t *testing.T, c *node.Container) string {
 	t.Helper()
-	pod, err := client.Runtime.PodSandboxStatus(t.Context(), &cri.PodSandboxStatusRequest{PodSandboxId: c.PodID})
+	address, err := c.Address(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return pod.GetStatus().GetNetwork().GetIp()
+	return address
 }
 
 // exchange sends something over a connection and expects it back.
@@ -79,7 +77,7 @@ func TestConnectionsSurvive(t *testing.T) {
 	n, _ := start(t, node.Options{})
 	client := dial(t, n)
 	server := runContainer(t, client, node.Spec{Name: "server", Command: []string{"/bin/workload", "net", "server", "8080"}})
-	at := address(t, client, server) + ":8080"
+	at := address(t, server) + ":8080"
 	connect := func(t *testing.T, network, at string) net.Conn {
 		t.Helper()
 		conn, err := n.DialContext(t.Context(), network, at)
@@ -161,7 +159,7 @@ func TestConnectionsSurvive(t *testing.T) {
 	})
 	t.Run("TCP that is not accepted yet", func(t *testing.T) {
 		late := runContainer(t, client, node.Spec{Name: "late", Command: []string{"/bin/workload", "net", "late", "8080"}})
-		conn := connect(t, "tcp", address(t, client, late)+":8080")
+		conn := connect(t, "tcp", address(t, late)+":8080")
 		ended := make(chan error, 1)
 		go func() { ended <- exchange(conn, "early") }()
 		if err := take(t, client, late.ID); err != nil {
@@ -202,7 +200,7 @@ func serverUnderConnections(t *testing.T, handler string, options node.Options) 
 	client := dial(t, n)
 	server := runContainer(t, client, node.Spec{Name: "server", Handler: handler, Command: []string{"/bin/workload", "net", "server", "8080"}})
 	clients := runContainer(t, client, node.Spec{Name: "clients", Command: []string{
-		"/bin/workload", "net", "clients", address(t, client, server) + ":8080", "200"}})
+		"/bin/workload", "net", "clients", address(t, server) + ":8080", "200"}})
 	const times = 50
 	with := 0 // of them, the checkpoints with connections
 	for i := range times {
@@ -224,7 +222,7 @@ func serverUnderConnections(t *testing.T, handler string, options node.Options) 
 	}
 
 	options.Hostname = "second"
-	second := startNode(t, options)
+	second := node.StartContainerdFor(t, options)
 	// The clients are not there, nor is the server's address. (Only a newer crun reads /etc/criu/crun.conf or runc.conf.)
 	if err := os.MkdirAll(second.Path("/etc/criu"), 0o755); err != nil {
 		t.Fatal(err)

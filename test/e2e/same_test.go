@@ -23,7 +23,7 @@ func TestAKubeletWorksAsWithoutCrishim(t *testing.T) {
 			node.RequireRoot(t, testing.Short())
 			var want observation
 			t.Run("without", func(t *testing.T) {
-				want = observe(t, startNode(t, node.Options{}), version, node.ContainerdSocket, nil)
+				want = observe(t, node.StartContainerdFor(t, node.Options{}), version, node.ContainerdSocket, nil)
 			})
 			if want == nil {
 				t.Fatal("there is nothing to compare with")

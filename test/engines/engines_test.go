@@ -20,24 +20,8 @@ const image = "127.0.0.1:5000/workload:1"
 // start starts a node with containerd, and crishim in front of it.
 func start(t *testing.T, options node.Options) *node.Node {
 	t.Helper()
-	node.RequireRoot(t, testing.Short())
-	binary, err := node.BuildCrishim(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := node.Start(t.Context(), options)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		n.ShowLogs(t)
-		if err := n.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, err := n.StartContainerd(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	binary := node.Crishim(t)
+	n := node.StartContainerdFor(t, options)
 	if _, err := n.StartCrishim(t.Context(), binary); err != nil {
 		t.Fatal(err)
 	}
@@ -49,12 +33,7 @@ const crishim = "/run/bin-crishim"
 
 func dial(t *testing.T, n *node.Node) *node.Client {
 	t.Helper()
-	client, err := n.DialCRI(node.CrishimSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close() })
-	return client
+	return n.Client(t, node.CrishimSocket)
 }
 
 // checkpoint is an archive, with what is known of the container that it is of.

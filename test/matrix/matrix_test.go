@@ -21,11 +21,7 @@ type site struct {
 }
 
 func TestMatrix(t *testing.T) {
-	node.RequireRoot(t, testing.Short())
-	binary, err := node.BuildCrishim(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary := node.Crishim(t)
 	seen := table{}
 	for _, cgroup := range []string{"v1", "v2"} {
 		t.Run(cgroup, func(t *testing.T) {
@@ -56,38 +52,13 @@ func start(t *testing.T, binary, cgroup string) *site {
 	t.Helper()
 	s := &site{cgroup: cgroup}
 	options := node.Options{CgroupV2: cgroup == "v2", Programs: true}
-	s.first, s.second = startNode(t, options, "first"), startNode(t, options, "second")
+	options.Hostname = "first"
+	s.first = node.StartContainerdFor(t, options)
+	options.Hostname = "second"
+	s.second = node.StartContainerdFor(t, options)
 	if _, err := s.first.StartCrishim(t.Context(), binary, "--log-level", "debug"); err != nil {
 		t.Fatal(err)
 	}
-	s.containerd, s.crishim = dial(t, s.first, node.ContainerdSocket), dial(t, s.first, node.CrishimSocket)
+	s.containerd, s.crishim = s.first.Client(t, node.ContainerdSocket), s.first.Client(t, node.CrishimSocket)
 	return s
-}
-
-func startNode(t *testing.T, options node.Options, hostname string) *node.Node {
-	t.Helper()
-	options.Hostname = hostname
-	n, err := node.Start(t.Context(), options)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := n.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, err := n.StartContainerd(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return n
-}
-
-func dial(t *testing.T, n *node.Node, socket string) *node.Client {
-	t.Helper()
-	client, err := n.DialCRI(socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close() })
-	return client
 }

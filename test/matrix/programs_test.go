@@ -3,6 +3,7 @@ package matrix
 import (
 	"context"
 	"os"
+	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -30,10 +31,10 @@ func programRows() []row {
 // users say.
 const withoutIOURing = "/data/without-io-uring.json"
 
-func writeProfile(_ context.Context, s *site) error {
+func writeProfile(_ context.Context, _ *testing.T, s *site) (func() error, error) {
 	const profile = `{
 	"defaultAction": "SCMP_ACT_ALLOW",
 	"syscalls": [{"names": ["io_uring_setup"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]
 }`
-	return os.WriteFile(s.first.Path(withoutIOURing), []byte(profile), 0o600)
+	return nil, os.WriteFile(s.first.Path(withoutIOURing), []byte(profile), 0o600)
 }

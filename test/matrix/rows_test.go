@@ -2,6 +2,7 @@ package matrix
 
 import (
 	"context"
+	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -19,10 +20,12 @@ type row struct {
 	pod       func(*cri.PodSandboxConfig)
 	container func(*cri.ContainerConfig)
 	volumes   []volume
-	// before is called before the container is started. It may be nil.
-	before func(context.Context, *site) error
+	// before is called before the container is started, and what it returns after the dump. It may be nil, and return nil.
+	before func(context.Context, *testing.T, *site) (end func() error, err error)
 	// during is called before the dump, and what it returns after it. It may be nil.
-	during func(context.Context, *node.Container) (end func() error, err error)
+	during func(context.Context, *site, *node.Container) (end func() error, err error)
+	// dumps is how many times it is dumped, once if 0. The last archive is restored.
+	dumps int
 	// after is called when the restored container has the state of the original. It may be nil.
 	after func(ctx context.Context, restored instance) error
 	// alone says that no other row is to run at the same time: it needs much memory, or much of the disk.

@@ -48,6 +48,8 @@ type instance struct {
 	input func(text string) error
 	// exec runs a command in it.
 	exec func(ctx context.Context, command ...string) (string, error)
+	// machine runs a command on the container's node.
+	machine func(ctx context.Context, name string, args ...string) (string, error)
 }
 
 // run takes a container all the way. What differs between the original before and after the dump fails the test; what differs in
@@ -61,10 +63,13 @@ func (s *site) run(t *testing.T, r row, runtime string) outcome {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var ends []func() error // what is looked at after the dump
 	if r.before != nil {
-		if err := r.before(ctx, s); err != nil {
+		end, err := r.before(ctx, t, s)
+		if err != nil {
 			t.Fatal(err)
 		}
+		ends = append(ends, end)
 	}
 	container, err := s.containerd.RunContainer(ctx, r.spec(runtime, mounts))
 	if err != nil {
@@ -85,17 +90,23 @@ func (s *site) run(t *testing.T, r row, runtime string) outcome {
 	if err != nil {
 		return outcome{starting, err}
 	}
-	end := func() error { return nil }
 	if r.during != nil {
-		if end, err = r.during(ctx, container); err != nil {
-			t.Fatal(err)
+		end, err := r.during(ctx, s, container)
+		if err != nil {
+			return outcome{starting, err}
 		}
+		ends = append(ends, end)
 	}
 
-	archive, dumpErr := s.checkpoint(ctx, t, container)
+	archive, dumpErr := s.checkpoint(ctx, t, container, max(r.dumps, 1))
 	undisturbed(ctx, t, r, container, original, before)
-	if err := end(); err != nil {
-		t.Error(err)
+	for _, end := range ends {
+		if end == nil {
+			continue
+		}
+		if err := end(); err != nil {
+			t.Error(err)
+		}
 	}
 	if dumpErr != nil {
 		if own := s.runtimeDump(ctx, runtime, container.ID); own == nil {
@@ -104,6 +115,10 @@ func (s *site) run(t *testing.T, r row, runtime string) outcome {
 		return outcome{dumping, dumpErr}
 	}
 
+	address, err := container.Address(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
 	volumes, err := s.moveVolumes(ctx, r, dir)
 	if err != nil {
 		t.Fatal(err)
@@ -113,7 +128,7 @@ func (s *site) run(t *testing.T, r row, runtime string) outcome {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	machine := restore.Machine{Command: s.second.Command, Path: s.second.Path, Volumes: volumes}
+	machine := restore.Machine{Command: s.second.Command, Path: s.second.Path, Volumes: volumes, Address: address}
 	copied, err := restore.Archive(ctx, machine, file, r.image())
 	if err != nil {
 		return outcome{restoring, err}
@@ -123,7 +138,8 @@ func (s *site) run(t *testing.T, r row, runtime string) outcome {
 			t.Errorf("remove restored container: %v", err)
 		}
 	}()
-	restored := instance{output: copied.Output, signal: copied.Signal, input: copied.Input, exec: copied.Exec}
+	restored := instance{output: copied.Output, signal: copied.Signal, input: copied.Input, exec: copied.Exec,
+		machine: s.second.Output}
 	after, err := r.state(ctx, restored)
 	if err != nil {
 		return outcome{restoring, err}
@@ -153,7 +169,7 @@ func (s *site) original(c *node.Container) instance {
 			_, err = s.first.Output(ctx, "kill", "-"+signal, strconv.Itoa(pid))
 			return err
 		},
-		exec: c.Exec,
+		exec: c.Exec, machine: s.first.Output,
 	}
 }
 
@@ -245,19 +261,24 @@ func states(text string) []string {
 	return all
 }
 
-// checkpoint has crishim make an archive, and returns its path here.
-func (s *site) checkpoint(ctx context.Context, t *testing.T, c *node.Container) (string, error) {
+// checkpoint has crishim make an archive, a number of times one after the other, and returns the path of the last here.
+func (s *site) checkpoint(ctx context.Context, t *testing.T, c *node.Container, times int) (string, error) {
 	location := "/data/checkpoint-" + c.ID + ".tar"
-	_, err := s.crishim.Runtime.CheckpointContainer(ctx, &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: location})
-	if err != nil {
-		return "", err
-	}
 	archive := s.first.Path(location)
 	t.Cleanup(func() {
-		if err := os.Remove(archive); err != nil {
+		if err := os.RemoveAll(archive); err != nil {
 			t.Error(err)
 		}
 	})
+	for range times {
+		if err := os.RemoveAll(archive); err != nil {
+			return "", err
+		}
+		_, err := s.crishim.Runtime.CheckpointContainer(ctx, &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: location})
+		if err != nil {
+			return "", err
+		}
+	}
 	return archive, nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,11 +26,13 @@ func sections() []section {
 	return []section{
 		{"Memory and processes", processRows()},
 		{"Descriptors", descriptorRows()},
+		{"Network", networkRows()},
 		{"Security", securityRows()},
 		{"Standard streams and execs", streamRows()},
 		{"Namespaces and mounts", mountRows()},
 		{"Files", fileRows()},
 		{"Programs", programRows()},
+		{"Pods", podRows()},
 	}
 }
 
@@ -162,7 +165,7 @@ func typed(ctx context.Context, restored instance) error {
 }
 
 // runningExec starts a command in the container, which ends by itself once it is told to after the dump.
-func runningExec(ctx context.Context, c *node.Container) (end func() error, err error) {
+func runningExec(ctx context.Context, _ *site, c *node.Container) (end func() error, err error) {
 	type result struct {
 		out string
 		err error
@@ -262,9 +265,9 @@ func mountRows() []row {
 }
 
 // highPids has the first node give pids that are free on the second: they go on from a number that the second does not reach.
-func highPids(ctx context.Context, s *site) error {
+func highPids(ctx context.Context, _ *testing.T, s *site) (func() error, error) {
 	_, err := s.first.Output(ctx, "sh", "-c", "echo 50000 >/proc/sys/kernel/ns_last_pid")
-	return err
+	return nil, err
 }
 
 func withFiles(_ context.Context, n *node.Node, source string) error {

@@ -106,6 +106,18 @@ func (t *table) compare(test *testing.T) {
 	}
 }
 
+// The document names no test that does not exist.
+func TestTestsElsewhere(t *testing.T) {
+	for _, e := range testedElsewhere() {
+		content, err := os.ReadFile("../" + e.file)
+		if err != nil {
+			t.Error(err)
+		} else if !strings.Contains(string(content), "\nfunc "+e.test+"(") {
+			t.Errorf("%s has no %s", e.file, e.test)
+		}
+	}
+}
+
 const introduction = `# Compatibility
 
 Containers that crishim checkpoints and that their own OCI runtime restores: each was checkpointed through the CRI, went on
@@ -136,6 +148,11 @@ func render() string {
 		}
 		b.WriteString("\n")
 	}
+	b.WriteString("## With tests of their own\n\n| container | what it is | dumped and restored with | test |\n|---|---|---|---|\n")
+	for _, e := range testedElsewhere() {
+		fmt.Fprintf(&b, "| %s | %s | %s | [%s](../test/%s) |\n", e.name, e.what, e.seen, e.test, e.file)
+	}
+	b.WriteString("\n")
 	if len(notes) > 0 {
 		b.WriteString("## Notes\n\n")
 	}

@@ -183,6 +183,15 @@ func (c *Container) Pid(ctx context.Context) (int, error) {
 	return info.Pid, nil
 }
 
+// Address is that of the container's pod, empty if it is in the node's network.
+func (c *Container) Address(ctx context.Context) (string, error) {
+	pod, err := c.client.Runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: c.PodID})
+	if err != nil {
+		return "", fmt.Errorf("get pod status: %w", err)
+	}
+	return pod.GetStatus().GetNetwork().GetIp(), nil
+}
+
 // State is the container's state.
 func (c *Container) State(ctx context.Context) (cri.ContainerState, error) {
 	answer, err := c.client.Runtime.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: c.ID})

@@ -36,3 +36,16 @@ func (n *Node) Listen(ctx context.Context, network, address string) (net.Listene
 	})
 	return listener, err
 }
+
+// ListenPacket receives packets within the node's network, at an IP address with a port. The caller closes it.
+func (n *Node) ListenPacket(ctx context.Context, network, address string) (net.PacketConn, error) {
+	if _, err := netip.ParseAddrPort(address); err != nil {
+		return nil, fmt.Errorf("listen in the node: %w", err)
+	}
+	var conn net.PacketConn
+	err := n.inNamespace("net", unix.CLONE_NEWNET, func() (err error) {
+		conn, err = new(net.ListenConfig).ListenPacket(ctx, network, address)
+		return err
+	})
+	return conn, err
+}

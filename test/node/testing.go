@@ -36,6 +36,55 @@ func (c *Client) Run(t testing.TB, spec Spec) *Container {
 	return container
 }
 
+// Crishim builds crishim for a test that drives nodes from the host, and returns the binary. It skips the test where it cannot
+// run.
+func Crishim(t testing.TB) string {
+	t.Helper()
+	RequireRoot(t, testing.Short())
+	binary, err := BuildCrishim(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return binary
+}
+
+// StartFor starts a node for a test. It ends with the test, and its logs are shown if that fails.
+func StartFor(t testing.TB, options Options) *Node {
+	t.Helper()
+	n, err := Start(t.Context(), options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		n.ShowLogs(t)
+		if err := n.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return n
+}
+
+// StartContainerdFor starts a node for a test as StartFor does, and its containerd.
+func StartContainerdFor(t testing.TB, options Options) *Node {
+	t.Helper()
+	n := StartFor(t, options)
+	if _, err := n.StartContainerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// Client returns a client of a socket of the node, closed at the test's end.
+func (n *Node) Client(t testing.TB, socket string) *Client {
+	t.Helper()
+	client, err := n.DialCRI(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return client
+}
+
 var counted = regexp.MustCompile(`count (\d+)\n`)
 
 // Counts returns the numbers that a workload has written, in order.

@@ -35,6 +35,9 @@ type Machine struct {
 	// Volumes are paths of the machine by the mount points of the container that they are mounted at: volumes, whose content is not
 	// in an archive.
 	Volumes map[string]string
+	// Address is what the container has in its network, besides loopback: connections go on only where it is the one that they
+	// were made with. Whom they were made with is not there. Empty for none.
+	Address string
 }
 
 // Local is the machine that this process runs on.
@@ -294,7 +297,11 @@ func (c *Container) makeSpec(ctx context.Context) (*specs.Spec, error) {
 			if err := os.WriteFile(c.machine.Path(c.netns()), nil, 0o600); err != nil {
 				return nil, err
 			}
-			if err := c.run(ctx, "unshare", "--net="+c.netns(), "ip", "link", "set", "lo", "up"); err != nil {
+			script := "ip link set lo up"
+			if c.machine.Address != "" {
+				script += fmt.Sprintf(" && ip address add %s dev lo && ip route add default dev lo", c.machine.Address)
+			}
+			if err := c.run(ctx, "unshare", "--net="+c.netns(), "sh", "-c", script); err != nil {
 				return nil, err
 			}
 			spec.Linux.Namespaces[i].Path = c.netns()

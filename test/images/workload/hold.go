@@ -63,6 +63,11 @@ func kinds() map[string]kind {
 		// inet.go
 		"tcp": tcpSockets,
 		"udp": udpSockets,
+		// outside.go
+		"outside":   outside,
+		"datagrams": datagrams,
+		"backlog":   backlog,
+		"serving":   serving,
 		// streams.go
 		"stdin":    stdin,
 		"terminal": terminal,

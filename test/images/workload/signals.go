@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -57,9 +58,17 @@ func pendingPart(again string) (func() (string, error), error) {
 		}
 		var states []string
 		for line := range strings.Lines(string(content)) {
-			if fields := strings.Fields(line); fields[0] == "SigPnd:" || fields[0] == "ShdPnd:" || fields[0] == "SigBlk:" {
-				states = append(states, strings.Join(fields, " "))
+			fields := strings.Fields(line)
+			if fields[0] != "SigPnd:" && fields[0] != "ShdPnd:" && fields[0] != "SigBlk:" {
+				continue
 			}
+			set, err := strconv.ParseUint(fields[1], 16, 64)
+			if err != nil {
+				return "", err
+			}
+			// Go's scheduler sends itself SIGURG to take a thread from a goroutine, now and then also just now.
+			set &^= 1 << (uint(syscall.SIGURG) - 1)
+			states = append(states, fmt.Sprintf("%s %016x", fields[0], set))
 		}
 		values, err := requeue()
 		return strings.Join(append(states, values), ", "), err
