@@ -2,10 +2,8 @@ package rootfs
 
 import (
 	"archive/tar"
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strconv"
 	"strings"
 	"time"
@@ -101,22 +99,30 @@ func (k *walk) write(e *entry) error {
 
 // link writes e as a hard link, if it has been written already under another name.
 func (k *walk) link(e *entry) (done bool, err error) {
-	if e.st.Nlink < 2 {
-		return false, nil
-	}
-	id := inode{uint64(e.st.Dev), e.st.Ino}
-	first, ok := k.links[id]
-	if !ok {
-		k.links[id] = e.path
+	if !k.linked(e) {
 		return false, nil
 	}
 	h, err := k.newHeader(e)
 	if err != nil {
 		return true, err
 	}
-	h.Typeflag, h.Linkname = tar.TypeLink, first
+	h.Typeflag, h.Linkname = tar.TypeLink, k.links[identity(&e.st)]
 	return true, k.header(h)
 }
+
+// linked tells whether e has another name that came before, and otherwise takes this one for the first.
+func (k *walk) linked(e *entry) bool {
+	if e.st.Nlink < 2 {
+		return false
+	}
+	if _, ok := k.links[identity(&e.st)]; ok {
+		return true
+	}
+	k.links[identity(&e.st)] = e.path
+	return false
+}
+
+func identity(st *unix.Stat_t) inode { return inode{uint64(st.Dev), st.Ino} }
 
 // newHeader returns a header with what entries of every kind have.
 func (k *walk) newHeader(e *entry) (*tar.Header, error) {
@@ -148,7 +154,8 @@ func (k *walk) newHeader(e *entry) (*tar.Header, error) {
 const paxXattr = "SCHILY.xattr."
 
 func (k *walk) header(h *tar.Header) error {
-	return headerError(h.Name, k.tar.WriteHeader(h))
+	// A writer for each: content goes past it.
+	return headerError(h.Name, tar.NewWriter(k.out).WriteHeader(h))
 }
 
 func headerError(path string, err error) error {
@@ -171,7 +178,7 @@ func (k *walk) file(e *entry, h *tar.Header) error {
 			return err
 		}
 		if lower == nil || !lower.is(unix.S_IFREG) {
-			return fmt.Errorf("read %s: its content is in a lower layer, but the overlay mount shows no such file", quote(e.path))
+			return fmt.Errorf("read %s: its content is in a lower layer, but %w", quote(e.path), errGone)
 		}
 		defer lower.close()
 		if err := k.openToRead(lower); err != nil {
@@ -187,49 +194,31 @@ func (k *walk) file(e *entry, h *tar.Header) error {
 	if err != nil {
 		return err
 	}
+	stored := h.Size
 	if len(data) == 1 && data[0].length == h.Size || h.Size == 0 {
 		if err := k.header(h); err != nil {
 			return err
 		}
-		return k.copy(k.tar, content, data)
-	}
-	padding, err := k.sparseHeader(h, data)
-	if err != nil {
+	} else if stored, err = k.sparseHeader(h, data); err != nil {
 		return headerError(e.path, err)
 	}
-	if err := k.copy(k.out, content, data); err != nil {
-		return err
-	}
-	if _, err := k.out.Write(padding); err != nil {
-		return fmt.Errorf("write content of %s: %w", quote(e.path), err)
-	}
-	return nil
+	return k.content(content, data, stored)
 }
 
-// copy writes parts of a file. What it no longer has is zeros.
-func (k *walk) copy(w io.Writer, e *entry, parts []extent) error {
+var errGone = errors.New("the overlay mount shows no such file")
+
+// content writes parts of a file behind its header, which says that they are stored as so many bytes.
+func (k *walk) content(e *entry, parts []extent, stored int64) error {
+	if err := k.out.align(stored); err != nil {
+		return fmt.Errorf("write content of %s: %w", quote(e.path), err)
+	}
 	for _, part := range parts {
-		for at, end := part.offset, part.offset+part.length; at < end; {
-			if k.ctx.Err() != nil {
-				return context.Cause(k.ctx)
-			}
-			buf := k.buf[:min(end-at, int64(len(k.buf)))]
-			n, err := unix.Pread(e.file, buf, at)
-			if err == unix.EINTR {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("read %s: %w", quote(e.path), err)
-			}
-			if n == 0 { // the file shrank
-				clear(buf)
-				n = len(buf)
-			}
-			if _, err := w.Write(buf[:n]); err != nil {
-				return fmt.Errorf("write content of %s: %w", quote(e.path), err)
-			}
-			at += int64(n)
+		if err := k.out.copy(k.ctx, e, part); err != nil {
+			return err
 		}
+	}
+	if _, err := k.out.Write(make([]byte, padded(stored)-stored)); err != nil {
+		return fmt.Errorf("write content of %s: %w", quote(e.path), err)
 	}
 	return nil
 }

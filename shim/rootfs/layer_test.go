@@ -115,14 +115,7 @@ func (o overlay) diff(t *testing.T) (layer []byte, deleted []string, err error) 
 
 func (o overlay) diffTo(t *testing.T, w io.Writer, deleted func(string) error) error {
 	t.Helper()
-	var files []*os.File
-	for _, path := range []string{o.upper, o.merged, o.lower, o.bottom} {
-		f, err := os.OpenFile(path, unix.O_PATH, 0)
-		must(t, err)
-		defer f.Close()
-		files = append(files, f)
-	}
-	return Diff(t.Context(), w, Layer{Upper: files[0], Merged: files[1], Lower: files[2:], UserXattr: o.userXattr}, deleted)
+	return Diff(t.Context(), w, o.layer(t), deleted)
 }
 
 func readTree(t *testing.T, dir string) ([]byte, error) {
@@ -160,6 +153,7 @@ func checkOverlay(t *testing.T, o overlay) (layer []byte, deleted []string) {
 	layer, deleted, err := o.diff(t)
 	must(t, err)
 	t.Logf("diff of %d bytes in %v", len(layer), time.Since(start))
+	sameAsOnePass(t, o, func() {})
 	image, want := o.image(t), describe(t, o.merged)
 	for name, apply := range map[string]func(t *testing.T, root string){
 		"by whiteouts":     func(t *testing.T, root string) { apply(t, layer, root) },

@@ -29,6 +29,9 @@ type marks struct {
 	whiteout bool // an empty file that is a whiteout (Linux 6.7)
 }
 
+// isWhiteout tells whether this, in an upper directory, stands for something deleted.
+func isWhiteout(st *unix.Stat_t) bool { return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0 }
+
 // takeMarks takes overlay's own attributes out of e.attrs and notes what they say.
 func (k *walk) takeMarks(e *entry) error {
 	const trusted, user = "trusted.overlay.", "user.overlay."
@@ -68,34 +71,19 @@ func (k *walk) merged() place { return place{int(k.layer.Merged.Fd()), true} }
 
 // below is what the layers below mean for a directory.
 type below struct {
-	lower   []int // those lower directories, by index, that have a directory of its path
 	hides   bool  // what they have is not seen in it
+	lower   []int // if so: those lower directories, by index, that have a directory of its path
 	renamed bool  // what is seen in it is elsewhere in them
 }
 
-// look finds out what there is below d, whose entry is e.
-func (k *walk) look(d *directory, e *entry) error {
-	d.hides = e.marks.opaque || e.marks.redirect
-	d.renamed = e.marks.redirect
-	if d.parent == nil {
-		for i := range k.layer.Lower {
-			d.lower = append(d.lower, i)
-		}
-		return nil
+// mark notes what marks say of d.
+func (d *directory) mark(m marks) {
+	d.hides = m.opaque || m.redirect
+	d.renamed = m.redirect
+	if d.parent != nil {
+		d.hides = d.hides || d.parent.hides
+		d.renamed = d.renamed || d.parent.renamed && !m.opaque
 	}
-	d.hides = d.hides || d.parent.hides
-	d.renamed = d.renamed || d.parent.renamed && !e.marks.opaque
-	for _, i := range d.parent.lower {
-		fd, err := k.openLower(i, e.path)
-		if err != nil {
-			return err
-		}
-		if fd >= 0 {
-			unix.Close(fd)
-			d.lower = append(d.lower, i)
-		}
-	}
-	return nil
 }
 
 // openLower gets hold of a directory in a lower directory, -1 if it has none.
@@ -112,8 +100,16 @@ func (k *walk) openLower(i int, path string) (int, error) {
 
 // hidden reports what lower layers have in the directory d and is not seen in it.
 func (k *walk) hidden(d *directory, path string, in []place) error {
+	var lower []int // where there may be one
+	if d.parent != nil && d.parent.hides {
+		lower = d.parent.lower
+	} else {
+		for i := range k.layer.Lower {
+			lower = append(lower, i)
+		}
+	}
 	names := make(map[string]struct{})
-	for _, i := range d.lower {
+	for _, i := range lower {
 		fd, err := k.openLower(i, path)
 		if err != nil {
 			return err
@@ -121,6 +117,7 @@ func (k *walk) hidden(d *directory, path string, in []place) error {
 		if fd < 0 {
 			continue
 		}
+		d.lower = append(d.lower, i)
 		list, err := readNames(fd)
 		unix.Close(fd)
 		if err != nil {

@@ -13,8 +13,6 @@
 package rootfs
 
 import (
-	"archive/tar"
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -120,20 +118,21 @@ type walk struct {
 
 	proc  int              // /proc/self/fd
 	links map[inode]string // first path of each file that has several
-	tar   *tar.Writer
-	out   *bufio.Writer // what tar writes to
-	buf   []byte        // for file content
+	out   output
+
+	first  *firstPass  // not nil in the first pass of two
+	second *secondPass // not nil in the second
 }
 
 // inode identifies a file.
 type inode struct{ dev, ino uint64 }
 
-func (k *walk) writeTo(w io.Writer) (err error) {
-	const bufferSize = 1 << 20
-	k.out = bufio.NewWriterSize(w, bufferSize)
-	k.tar = tar.NewWriter(k.out)
+func (k *walk) writeTo(w io.Writer) error { return k.run(newStream(w)) }
+
+// run writes the whole tar.
+func (k *walk) run(out output) (err error) {
+	k.out = out
 	k.links = make(map[inode]string)
-	k.buf = make([]byte, bufferSize)
 	if k.proc, err = openProc(); err != nil {
 		return err
 	}
@@ -141,8 +140,8 @@ func (k *walk) writeTo(w io.Writer) (err error) {
 	if err := k.directories(); err != nil {
 		return err
 	}
-	if err := k.tar.Close(); err != nil {
+	if _, err := k.out.Write(make([]byte, 2*tarBlock)); err != nil { // they end a tar
 		return err
 	}
-	return k.out.Flush()
+	return k.out.flush()
 }

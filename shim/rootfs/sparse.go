@@ -117,7 +117,8 @@ func fillSmallest(parts []extent) []extent {
 }
 
 // sparseHeader writes the header of a regular file of which only some parts are
-// stored. The caller writes them to k.out, and then the padding.
+// stored, and returns what the size of the entry is by that. The caller writes the
+// parts, and then the padding.
 //
 // The form is version 1.0 of GNU tar's sparse files in PAX, which Go's archive/tar
 // reads but does not write:
@@ -126,7 +127,7 @@ func fillSmallest(parts []extent) []extent {
 // content and write zeros. busybox tar does not know it, and unpacks what is stored.
 // The name and size of the file are in PAX records of their own; what is stored is
 // a list of parts, in decimal numbers and lines, then the parts.
-func (k *walk) sparseHeader(h *tar.Header, data []extent) (padding []byte, err error) {
+func (k *walk) sparseHeader(h *tar.Header, data []extent) (size int64, err error) {
 	list := strconv.AppendInt(nil, int64(len(data)+1), 10)
 	var stored int64
 	for _, part := range append(slices.Clip(data), extent{h.Size, 0}) { // the last one is for the file's size
@@ -155,12 +156,9 @@ func (k *walk) sparseHeader(h *tar.Header, data []extent) (padding []byte, err e
 		pax = append(pax, paxRecord(name, records[name])...)
 	}
 	if len(pax) > maxAttrs {
-		return nil, tar.ErrFieldTooLong
+		return 0, tar.ErrFieldTooLong
 	}
 
-	if err := k.tar.Flush(); err != nil { // the padding of the entry before
-		return nil, err
-	}
 	// Readers that do not know sparse files unpack them under these names.
 	const name = "GNUSparseFile.0/sparse"
 	for _, part := range [][]byte{
@@ -168,10 +166,10 @@ func (k *walk) sparseHeader(h *tar.Header, data []extent) (padding []byte, err e
 		ustar(name, tar.TypeReg, h.Mode, stored), list,
 	} {
 		if _, err := k.out.Write(part); err != nil {
-			return nil, err
+			return 0, err
 		}
 	}
-	return make([]byte, padded(stored)-stored), nil
+	return stored, nil
 }
 
 // paxRecord encodes a record of a PAX header: its length, which counts itself, the
@@ -203,7 +201,7 @@ func ustar(name string, typeflag byte, mode, size int64) []byte {
 	if size >= 1<<33 {
 		size = 0
 	}
-	b := make([]byte, 512)
+	b := make([]byte, tarBlock)
 	copy(b, name)
 	octal := func(at, digits int, value int64) { copy(b[at:], fmt.Sprintf("%0*o", digits, value)) }
 	octal(100, 7, mode)
@@ -223,7 +221,7 @@ func ustar(name string, typeflag byte, mode, size int64) []byte {
 	return b
 }
 
-func padded(size int64) int64 { return (size + 511) &^ 511 }
+func padded(size int64) int64 { return (size + tarBlock - 1) &^ (tarBlock - 1) }
 
 // pad fills up to whole blocks.
 func pad(b []byte) []byte { return append(b, make([]byte, padded(int64(len(b)))-int64(len(b)))...) }

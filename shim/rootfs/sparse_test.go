@@ -2,7 +2,6 @@ package rootfs
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"errors"
@@ -225,12 +224,11 @@ func TestSparseAttributes(t *testing.T) {
 // Sizes that the fields of a header block cannot hold.
 func TestSparseOfManyGigabytes(t *testing.T) {
 	var b bytes.Buffer
-	k := &walk{out: bufio.NewWriter(&b)}
-	k.tar = tar.NewWriter(k.out)
+	k := &walk{out: newStream(&b)}
 	const size, data = 15 << 40, 9 << 30
 	_, err := k.sparseHeader(&tar.Header{Name: "f", Size: size}, []extent{{1 << 40, data}})
 	must(t, err)
-	must(t, k.out.Flush())
+	must(t, k.out.flush())
 	h, err := tar.NewReader(&b).Next()
 	if err != nil || h.Name != "f" || h.Size != size || h.PAXRecords["size"] != fmt.Sprint(data+512) {
 		t.Errorf("read %+v, %v", h, err)
@@ -243,7 +241,7 @@ func TestSparseOfManyGigabytes(t *testing.T) {
 	b.Reset()
 	_, err = k.sparseHeader(&tar.Header{Name: "f", Size: maxFileSize}, parts)
 	must(t, err)
-	must(t, k.out.Flush())
+	must(t, k.out.flush())
 	if list := b.Len() - 3*512 - 512; list > 1<<20 {
 		t.Errorf("the list of parts has %d bytes, more than Go's archive/tar takes", list)
 	}

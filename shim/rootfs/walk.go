@@ -17,7 +17,10 @@ import (
 type directory struct {
 	parent *directory // nil for the root
 	name   string
-	below  // known when its turn comes, and then for its children
+	depth  int  // the root's is 0
+	batch  int  // of its parent's names
+	noted  bool // whether the first pass has noted it; known when its turn comes
+	below       // the same, and then for its children
 }
 
 func (d *directory) path() string {
@@ -57,8 +60,18 @@ type place struct {
 // directory writes d and everything in it that is not a directory, and returns
 // its subdirectories.
 func (k *walk) directory(d *directory) ([]*directory, error) {
+	if k.second != nil && k.second.known != nil {
+		r, err := k.second.known.directory(d)
+		if err != nil {
+			return nil, err
+		}
+		// What an opaque one hides is not in the index.
+		if r != nil && r.same && !r.notes.opaque && (d.parent == nil || !d.parent.hides) {
+			return k.same(d, r)
+		}
+	}
 	path := d.path()
-	roots := []place{{fd: int(k.root.Fd())}}
+	roots := []place{k.top()}
 	if d.parent != nil && d.parent.renamed {
 		roots = append(roots, k.merged())
 	}
@@ -68,10 +81,22 @@ func (k *walk) directory(d *directory) ([]*directory, error) {
 	}
 	defer e.close()
 	if !e.is(unix.S_IFDIR) { // another thing has taken the name since it was listed
+		if k.first != nil {
+			return nil, nil
+		}
 		return nil, k.leaf(e)
 	}
 	if err := k.examine(e); err != nil {
 		return nil, err
+	}
+	if k.first != nil {
+		if e.marks.redirect {
+			return nil, nil // the second pass finds out what is in it
+		}
+		if err := k.first.directory(d, e, func() error { return k.write(e) }); err != nil {
+			return nil, err
+		}
+		return k.children(d, e, []place{{e.file, false}})
 	}
 	if err := k.write(e); err != nil {
 		return nil, err
@@ -79,11 +104,7 @@ func (k *walk) directory(d *directory) ([]*directory, error) {
 
 	listed := e
 	in := []place{{e.file, e.merged}}
-	if k.layer != nil {
-		if err := k.look(d, e); err != nil {
-			return nil, err
-		}
-	}
+	d.mark(e.marks)
 	if d.renamed && !e.merged {
 		// What is seen in it comes from the upper directory and from wherever it was before.
 		m, err := k.find([]place{k.merged()}, path, path)
@@ -103,16 +124,16 @@ func (k *walk) directory(d *directory) ([]*directory, error) {
 			return nil, err
 		}
 	}
-	return k.children(d, e, listed, in)
+	return k.children(d, listed, in)
 }
 
 // children writes what listed has besides directories, found in the given places,
 // and returns the directories.
-func (k *walk) children(d *directory, e, listed *entry, in []place) ([]*directory, error) {
+func (k *walk) children(d *directory, listed *entry, in []place) ([]*directory, error) {
 	dir := listed.takeFile()
 	defer dir.Close()
 	var children []*directory
-	for {
+	for batch := 0; ; batch++ {
 		names, err := dir.Readdirnames(k.batch)
 		if err != nil && err != io.EOF && !vanished(err) { // a directory deleted while open reads as ENOENT
 			return nil, fmt.Errorf("read directory: %w", err)
@@ -122,23 +143,58 @@ func (k *walk) children(d *directory, e, listed *entry, in []place) ([]*director
 		}
 		slices.Sort(names)
 		for _, name := range names {
-			isDir, err := k.child(e, name, in)
+			isDir, err := k.name(d, listed.path, name, in)
 			if err != nil {
 				return nil, err
 			}
 			if isDir {
-				children = append(children, &directory{parent: d, name: name})
+				children = append(children, d.child(name, batch))
 			}
+		}
+		switch {
+		case k.first != nil:
+			err = k.first.batch(listed.path)
+		case d.noted:
+			err = k.second.known.batch()
+		}
+		if err != nil {
+			return nil, err
 		}
 	}
 }
 
-// child writes what parent has under name, or reports that it is a directory.
-func (k *walk) child(parent *entry, name string, in []place) (isDir bool, err error) {
+func (d *directory) child(name string, batch int) *directory {
+	return &directory{parent: d, name: name, depth: d.depth + 1, batch: batch}
+}
+
+// name writes what d, at dir, has under name, or reports that it is a directory.
+func (k *walk) name(d *directory, dir, name string, in []place) (isDir bool, err error) {
+	path := join(dir, name)
+	if d.noted {
+		r, err := k.second.known.leaf(name)
+		if err != nil {
+			return false, err
+		}
+		if r != nil {
+			if done, err := k.unchanged(r, path); done || err != nil {
+				return false, err
+			}
+		}
+	}
+	isDir, err = k.child(in, name, path)
+	if isDir && k.first != nil {
+		err = k.first.name(dir, name)
+	}
+	return isDir, err
+}
+
+// child writes what is at path, found in the given places under name, or reports
+// that it is a directory.
+func (k *walk) child(in []place, name, path string) (isDir bool, err error) {
 	if k.ctx.Err() != nil {
 		return false, context.Cause(k.ctx)
 	}
-	e, err := k.find(in, name, join(parent.path, name))
+	e, err := k.find(in, name, path)
 	if e == nil {
 		return false, err
 	}
@@ -149,12 +205,82 @@ func (k *walk) child(parent *entry, name string, in []place) (isDir bool, err er
 	return false, k.leaf(e)
 }
 
+// same writes a directory that is as the first pass has noted it, by r, with the same names in it.
+func (k *walk) same(d *directory, r *record) ([]*directory, error) {
+	if err := k.second.keep(r.piece); err != nil {
+		return nil, err
+	}
+	d.mark(r.notes)
+	path := d.path()
+	var children []*directory
+	batch := 0
+	for known := k.second.known; ; known.next++ {
+		r, err := known.record()
+		if err != nil {
+			return nil, err
+		}
+		if r == nil || r.kind == dirRecord {
+			return children, nil
+		}
+		switch r.kind {
+		case subRecord:
+			children = append(children, d.child(string(r.name), batch))
+		case batchRecord:
+			batch++
+		case leafRecord:
+			if k.ctx.Err() != nil {
+				return nil, context.Cause(k.ctx)
+			}
+			at := join(path, string(r.name))
+			done, err := k.unchanged(r, at)
+			if err == nil && !done {
+				var isDir bool
+				if isDir, err = k.child([]place{k.top()}, at, at); isDir {
+					children = append(children, d.child(string(r.name), batch))
+				}
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+	}
+}
+
+// unchanged writes what is at path without a look at it, if it is as the first pass has noted it, by r.
+func (k *walk) unchanged(r *record, path string) (done bool, err error) {
+	if !r.same {
+		return false, nil
+	}
+	e := &entry{path: path, st: r.attrs, marks: r.notes}
+	if isWhiteout(&e.st) {
+		return true, k.whiteout(e)
+	}
+	if done, err := k.link(e); done {
+		return true, err
+	}
+	switch {
+	case e.marks.whiteout:
+		return true, k.whiteout(e)
+	case r.piece.length > 0:
+		return true, k.second.keep(r.piece)
+	}
+	// It was a link to another name then, which is gone, or comes later now.
+	delete(k.links, identity(&e.st))
+	return false, nil
+}
+
+// top is the root that is walked.
+func (k *walk) top() place { return place{fd: int(k.root.Fd())} }
+
 // leaf writes e, which is not a directory.
 func (k *walk) leaf(e *entry) error {
+	if k.first != nil {
+		return k.first.leaf(k, e)
+	}
 	switch {
 	case e.is(unix.S_IFSOCK):
 		return nil // means nothing without the process that listens
-	case k.layer != nil && !e.merged && e.is(unix.S_IFCHR) && e.st.Rdev == 0:
+	case k.layer != nil && !e.merged && isWhiteout(&e.st):
 		return k.whiteout(e)
 	}
 	if done, err := k.link(e); done {

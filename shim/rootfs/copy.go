@@ -1,0 +1,292 @@
+package rootfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Copy is the diff of a layer made in two passes: one while the container runs,
+// which copies all that has been at rest for a while, and one while it stands
+// still, which copies the rest and looks whether what was copied is still the same.
+// The result is what one pass would have made in the second's place, byte for byte.
+//
+// Same means the same inode with the same ctime, size, owner and mode. The kernel
+// sets ctime at each change, but for those through a mapping of the file. So what is
+// mapped when either pass begins is copied in the second, and so is what changed less than settled
+// before the first. File systems of which this is not known are copied in the second pass alone.
+//
+// It is not for concurrent use.
+type Copy struct {
+	layer     Layer
+	processes func() ([]int, error)
+	first     *spool // what the first pass has copied; nil before there was one
+	index     *index
+	second    *spool
+
+	settled time.Duration // see there; tests do not wait for so long
+	trusted func(*os.File) (bool, error)
+	batch   int
+	parts   int
+}
+
+// Piece is a part of a file.
+type Piece struct {
+	File           *os.File
+	Offset, Length int64
+}
+
+// settled is how long a file must have been at rest when the first pass begins. A
+// write takes the time when it begins, and may go on; the time is that of the last tick (10 ms at most), and some file systems
+// keep whole seconds only.
+const settled = 2 * time.Second
+
+// NewCopy prepares to copy a layer, whose descriptors must stay open. processes
+// returns those that may have files of it mapped. The spools are empty files, open to be read and
+// written, for nobody else: one for each pass and one for an index. They belong to the Copy.
+func NewCopy(layer Layer, processes func() ([]int, error), spools [3]*os.File) *Copy {
+	return &Copy{
+		layer: layer, processes: processes,
+		first: newSpool(spools[0]), index: newIndex(spools[1]), second: newSpool(spools[2]),
+		settled: settled, trusted: stampsChanges, batch: maxSorted, parts: maxExtents,
+	}
+}
+
+// Close closes the spools.
+func (c *Copy) Close() error {
+	return errors.Join(c.first.file.Close(), c.index.file.Close(), c.second.file.Close())
+}
+
+// Begin makes the first pass, which may be left out. It can take as long as it takes to copy
+// the layer once. What is deleted or changed meanwhile is no error.
+func (c *Copy) Begin(ctx context.Context) error {
+	err := c.begin(ctx)
+	if err != nil {
+		return fmt.Errorf("copy layer while it is in use: %w", err)
+	}
+	return nil
+}
+
+func (c *Copy) begin(ctx context.Context) error {
+	if ok, err := c.trusted(c.layer.Upper); err != nil || !ok {
+		return err
+	}
+	// First the time, then the mappings: who maps a file after this and writes to it sets a later time.
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil { // the one that files get theirs from
+		return fmt.Errorf("read clock: %w", err)
+	}
+	mapped, err := c.layer.mapped(c.processes)
+	if err != nil {
+		return err
+	}
+	k := c.walk(ctx)
+	k.deleted = func(string) error { return nil } // the second pass says what is
+	k.first = &firstPass{
+		before: time.Unix(now.Unix()).Add(-c.settled),
+		mapped: mapped, spool: c.first, index: c.index,
+	}
+	c.first.skip = k.first.skip
+	if err := k.run(c.first); err != nil {
+		return err
+	}
+	return c.index.w.Flush()
+}
+
+// Finish makes the second pass, while nothing changes any more, and returns what the
+// diff consists of: the pieces, one behind the other, are what Diff writes. They can be
+// read until Close. For deleted see Diff.
+func (c *Copy) Finish(ctx context.Context, deleted func(path string) error) ([]Piece, error) {
+	pieces, err := c.finish(ctx, deleted)
+	if err != nil {
+		return nil, fmt.Errorf("write layer diff: %w", err)
+	}
+	return pieces, nil
+}
+
+func (c *Copy) finish(ctx context.Context, deleted func(path string) error) ([]Piece, error) {
+	k := c.walk(ctx)
+	k.deleted = deleted
+	k.second = &secondPass{first: c.first.file, spool: c.second}
+	if len(c.index.chunks) > 0 {
+		mapped, err := c.layer.mapped(c.processes)
+		if err != nil {
+			return nil, err
+		}
+		look := startLook(ctx, c.layer.Upper, c.index, mapped)
+		defer look.stop()
+		k.second.known = look
+	}
+	c.second.hurry = true
+	c.second.skip = k.second.skip
+	if err := k.run(c.second); err != nil {
+		return nil, err
+	}
+	k.second.take()
+	return k.second.pieces, nil
+}
+
+func (c *Copy) walk(ctx context.Context) *walk {
+	return &walk{ctx: ctx, root: c.layer.Upper, layer: &c.layer, batch: c.batch, parts: c.parts}
+}
+
+// stampsChanges says whether each change to a file of dir's file system, except
+// through mappings, sets its ctime by this machine's clock, and each first change to a page through a
+// mapping does so, too. A tmpfs does not do the latter. File systems that nobody has looked at are not among them.
+func stampsChanges(dir *os.File) (bool, error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(dir.Fd()), &st); err != nil {
+		return false, fmt.Errorf("look at file system of the layer: %w", err)
+	}
+	switch st.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC:
+		return true, nil
+	}
+	return false, nil
+}
+
+// firstPass is what the first pass does besides walking.
+type firstPass struct {
+	before time.Time // what changed later is left to the second pass
+	mapped *mapped
+	spool  *spool
+	index  *index
+
+	gap, to int64 // in front of the content of the entry that is being written; 0 if there is none
+}
+
+func (f *firstPass) skip(from, to int64) { f.gap, f.to = from, to }
+
+// settled tells whether a change after this would show.
+func (f *firstPass) settled(st *unix.Stat_t) bool {
+	return time.Unix(st.Ctim.Unix()).Before(f.before) && !f.mapped.has(st)
+}
+
+// directory writes a directory's entry, if it is at rest, and notes it.
+func (f *firstPass) directory(d *directory, e *entry, write func() error) error {
+	r := record{kind: dirRecord, name: []byte(d.name), depth: d.depth, batch: d.batch}
+	if !f.settled(&e.st) {
+		return f.index.add(&r, e.path)
+	}
+	return f.write(&r, e.path, e, write)
+}
+
+// name notes a directory's name in the one at dir.
+func (f *firstPass) name(dir, name string) error {
+	return f.index.add(&record{kind: subRecord, name: []byte(name)}, dir)
+}
+
+// batch notes that all names of the directory at dir that come now are of its next batch.
+func (f *firstPass) batch(dir string) error {
+	return f.index.add(&record{kind: batchRecord}, dir)
+}
+
+// leaf writes what is not a directory, if it is at rest, and notes it.
+func (f *firstPass) leaf(k *walk, e *entry) error {
+	dir := e.path[:max(0, len(e.path)-len(baseName(e.path))-1)]
+	r := record{kind: leafRecord, name: []byte(baseName(e.path))}
+	switch {
+	case e.is(unix.S_IFSOCK):
+		return nil
+	case isWhiteout(&e.st):
+		r.attrs = e.st // the second pass writes it: all share an inode, whose ctime each of them changes
+		return f.index.add(&r, dir)
+	case !f.settled(&e.st):
+		return f.index.add(&r, dir)
+	case k.linked(e):
+		r.attrs = e.st // what this is linked to, only the second pass knows
+		return f.index.add(&r, dir)
+	}
+	if err := k.examine(e); err != nil {
+		return err
+	}
+	if e.is(unix.S_IFREG) {
+		// A write sets the time when it begins, and may still go on. This waits for its end: a file system
+		// lets nobody look for holes meanwhile, or (XFS) nobody read.
+		_, _ = unix.Seek(e.file, 0, unix.SEEK_DATA)
+	}
+	err := f.write(&r, dir, e, func() error {
+		if e.marks.whiteout {
+			return nil
+		}
+		return k.write(e)
+	})
+	if errors.Is(err, errGone) {
+		return f.index.add(&record{kind: leafRecord, name: r.name}, dir)
+	}
+	return err
+}
+
+// write lets write write e, and notes where that is. dir is for the index.
+func (f *firstPass) write(r *record, dir string, e *entry, write func() error) error {
+	start := f.spool.position
+	f.gap, f.to = 0, 0
+	if err := write(); err != nil {
+		return err
+	}
+	r.attrs, r.notes = e.st, e.marks
+	r.piece = piece{offset: start, length: f.spool.position - start}
+	if f.to > 0 {
+		r.piece.head = f.gap - start
+		r.piece.length -= f.to - f.gap
+	}
+	return f.index.add(r, dir)
+}
+
+// maxPieces is how many pieces there may be before small ones are copied instead, to bound what they take of memory.
+const maxPieces, smallPiece = 32 << 10, 64 << 10
+
+// secondPass is what the second pass does besides walking.
+type secondPass struct {
+	known  *look // nil if there was no first pass
+	first  *os.File
+	spool  *spool
+	pieces []Piece
+	taken  int64 // up to where the spool is in pieces
+}
+
+func (s *secondPass) skip(from, to int64) {
+	s.take()
+	s.taken = to
+}
+
+// take makes a piece of what the spool has got since the last one.
+func (s *secondPass) take() {
+	s.add(s.spool.file, s.taken, s.spool.position-s.taken)
+	s.taken = s.spool.position
+}
+
+func (s *secondPass) add(file *os.File, offset, length int64) {
+	if length == 0 {
+		return
+	}
+	if last := len(s.pieces) - 1; last >= 0 && s.pieces[last].File == file && s.pieces[last].Offset+s.pieces[last].Length == offset {
+		s.pieces[last].Length += length
+		return
+	}
+	s.pieces = append(s.pieces, Piece{file, offset, length})
+}
+
+// keep takes over what the first pass has written.
+func (s *secondPass) keep(p piece) error {
+	if len(s.pieces) >= maxPieces && p.length < smallPiece && p.head == 0 && s.spool.position > s.taken {
+		buf := make([]byte, p.length)
+		if _, err := s.first.ReadAt(buf, p.offset); err != nil {
+			return fmt.Errorf("read what the first pass has copied: %w", err)
+		}
+		_, err := s.spool.Write(buf)
+		return err
+	}
+	s.take()
+	if p.head == 0 {
+		s.add(s.first, p.offset, p.length)
+		return nil
+	}
+	s.add(s.first, p.offset, p.head)
+	s.add(s.first, aligned(p.offset+p.head), p.length-p.head)
+	return nil
+}
