@@ -159,6 +159,26 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
+// contents reads an archive's regular files.
+func contents(t *testing.T, path string) map[string][]byte {
+	t.Helper()
+	f, err := os.Open(path)
+	must(t, err)
+	defer f.Close()
+	files := map[string][]byte{}
+	for r := tar.NewReader(f); ; {
+		h, err := r.Next()
+		if err == io.EOF {
+			return files
+		}
+		must(t, err)
+		if h.Typeflag == tar.TypeReg {
+			files[h.Name], err = io.ReadAll(r)
+			must(t, err)
+		}
+	}
+}
+
 func names(t *testing.T, dir string) (names []string) {
 	t.Helper()
 	entries, err := os.ReadDir(dir)

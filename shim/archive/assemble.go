@@ -77,7 +77,20 @@ func (s *Staging) members() ([]member, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append(images, others...), nil
+	members := append(images, others...)
+	for i := range members {
+		m := &members[i]
+		if m.segments, m.composed = s.composed[m.name]; !m.composed {
+			continue
+		}
+		if m.size > 0 {
+			return nil, fmt.Errorf("%s was composed of pieces of files, and has been written to as well", m.name)
+		}
+		for _, piece := range m.segments {
+			m.size += piece.Length
+		}
+	}
+	return members, nil
 }
 
 // list returns dir's files, except the one named skip. Anything but a regular
@@ -167,29 +180,34 @@ func (w *writer) write(ctx context.Context, entries []entry, size int64) error {
 }
 
 func (w *writer) writeBytes(b []byte) error {
-	n, err := w.file.Write(b)
+	n, err := w.file.WriteAt(b, w.written)
 	w.written += int64(n)
 	return err
 }
 
-// copyMember copies a staged file behind its header and deletes it. It returns the
-// file's digest where there is a manifest to put it into.
+// copyMember copies a member behind its header and deletes its staged file. It returns
+// the member's digest where there is a manifest to put it into.
 func (w *writer) copyMember(ctx context.Context, m member) (digest string, err error) {
 	src, err := openAt(m.dir, m.base, unix.O_RDONLY)
 	if err != nil {
 		return "", err
 	}
 	defer src.Close()
+	if !m.composed {
+		m.segments = []Segment{{File: src, Length: m.size}}
+	}
 
 	sumCtx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	wait := func() (string, error) { return "", nil }
 	if w.manifest != nil {
-		wait = startSum(sumCtx, src, m.size)
+		wait = startSum(sumCtx, m.segments)
 	}
-	err = w.copyBytes(ctx, src, m.size)
-	if err != nil {
-		cancel(err)
+	for _, piece := range m.segments {
+		if err = w.copyBytes(ctx, piece); err != nil {
+			cancel(err)
+			break
+		}
 	}
 	digest, sumErr := wait()
 	if err != nil {
@@ -202,7 +220,7 @@ func (w *writer) copyMember(ctx context.Context, m member) (digest string, err e
 	if err != nil {
 		return "", err
 	}
-	if !info.Mode().IsRegular() || info.Size() != m.size {
+	if !info.Mode().IsRegular() || !m.composed && info.Size() != m.size {
 		return "", fmt.Errorf("file changed from %d to %d bytes while it was packed: something still writes to it", m.size, info.Size())
 	}
 	if err := w.writeBytes(make([]byte, padding(m.size))); err != nil {
@@ -214,28 +232,44 @@ func (w *writer) copyMember(ctx context.Context, m member) (digest string, err e
 	return digest, nil
 }
 
-// copyBytes copies the first size bytes of src.
-func (w *writer) copyBytes(ctx context.Context, src *os.File, size int64) error {
-	for left := size; left > 0; {
+// copyBytes copies a piece of a file.
+func (w *writer) copyBytes(ctx context.Context, piece Segment) error {
+	for done := int64(0); done < piece.Length; {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		// Between two files the kernel copies, by copy_file_range where it can.
-		n, err := w.file.ReadFrom(io.LimitReader(src, min(left, copyChunk)))
+		n, err := copyRange(w.file, w.written, piece.File, piece.Offset+done, min(piece.Length-done, copyChunk))
 		// Start writing to disk now, so that the sync at the end has less to do.
 		// Only a hint: an error shows up in that sync.
 		_ = unix.SyncFileRange(int(w.file.Fd()), w.written, n, unix.SYNC_FILE_RANGE_WRITE)
 		w.written += n
-		left -= n
+		done += n
 		switch {
 		case err != nil:
 			return err
 		case n == 0:
-			return fmt.Errorf("file shrank by %d bytes while it was packed: something still writes to it", left)
+			return fmt.Errorf("file shrank by %d bytes while it was packed: something still writes to it", piece.Length-done)
 		}
 		w.report()
 	}
 	return nil
+}
+
+// copyRange copies up to n bytes between two files at given offsets, in the kernel where
+// it can. It returns how many it has copied: 0 at the end of the file.
+func copyRange(to *os.File, toOffset int64, from *os.File, fromOffset, n int64) (int64, error) {
+	source, target := fromOffset, toOffset
+	copied, err := unix.CopyFileRange(int(from.Fd()), &source, int(to.Fd()), &target, int(n), 0)
+	switch {
+	case err == nil && copied > 0:
+		return int64(copied), nil
+	case err == nil, errors.Is(err, unix.EXDEV), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS),
+		errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPERM):
+		// Between two file systems, or such a one that the kernel cannot do it on: files of FUSE may end early, too.
+		return io.CopyBuffer(io.NewOffsetWriter(to, toOffset), io.NewSectionReader(from, fromOffset, n), make([]byte, 1<<20))
+	default:
+		return 0, &os.PathError{Op: "copy_file_range", Path: to.Name(), Err: err}
+	}
 }
 
 func (w *writer) report() {

@@ -24,6 +24,9 @@ type member struct {
 	base    string   // its name there
 	size    int64
 	modTime time.Time
+	// Where it was composed, what it consists of: the staged file is empty then.
+	segments []Segment
+	composed bool
 }
 
 // entry is one entry of the archive: a header, and behind it the bytes of a

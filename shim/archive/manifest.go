@@ -139,19 +139,19 @@ func stagedManifest(m member) (*Manifest, error) {
 	return manifest, nil
 }
 
-// startSum begins to compute the digest of f's first size bytes. The caller calls
-// wait, exactly once, before it closes f; the end of ctx shortens it.
+// startSum begins to compute the digest of pieces of files. The caller calls wait,
+// exactly once, before it closes them; the end of ctx shortens it.
 //
 // It reads for itself, beside whoever moves the bytes: CRIU has written them just now,
 // so they are in the page cache, and the mover is free to let the kernel do its work.
-func startSum(ctx context.Context, f *os.File, size int64) (wait func() (string, error)) {
+func startSum(ctx context.Context, pieces []Segment) (wait func() (string, error)) {
 	type result struct {
 		sum string
 		err error
 	}
 	done := make(chan result, 1)
 	go func() {
-		sum, err := sum(ctx, f, size)
+		sum, err := sum(ctx, pieces)
 		done <- result{sum, err}
 	}()
 	return func() (string, error) {
@@ -160,18 +160,20 @@ func startSum(ctx context.Context, f *os.File, size int64) (wait func() (string,
 	}
 }
 
-func sum(ctx context.Context, f io.ReaderAt, size int64) (string, error) {
+func sum(ctx context.Context, pieces []Segment) (string, error) {
 	hash := sha256.New()
-	buffer := make([]byte, min(size, 1<<20))
-	for offset := int64(0); offset < size; {
-		if ctx.Err() != nil {
-			return "", context.Cause(ctx)
-		}
-		n, err := f.ReadAt(buffer[:min(int64(len(buffer)), size-offset)], offset)
-		hash.Write(buffer[:n])
-		offset += int64(n)
-		if err != nil && offset < size {
-			return "", fmt.Errorf("compute digest: %w", err)
+	buffer := make([]byte, 256<<10)
+	for _, piece := range pieces {
+		for done := int64(0); done < piece.Length; {
+			if ctx.Err() != nil {
+				return "", context.Cause(ctx)
+			}
+			n, err := piece.File.ReadAt(buffer[:min(int64(len(buffer)), piece.Length-done)], piece.Offset+done)
+			hash.Write(buffer[:n])
+			done += int64(n)
+			if err != nil && done < piece.Length {
+				return "", fmt.Errorf("compute digest: %w", err)
+			}
 		}
 	}
 	return hex.EncodeToString(hash.Sum(nil)), nil

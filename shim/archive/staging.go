@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -27,8 +29,15 @@ type Staging struct {
 	name     string
 	dir      *os.File
 	images   *os.File
-	archive  *os.File // nil before Assemble has succeeded
+	composed map[string][]Segment // by the member's name
+	archive  *os.File             // nil before Assemble has succeeded
 	removed  bool
+}
+
+// Segment is a piece of an open file, in bytes.
+type Segment struct {
+	File           *os.File
+	Offset, Length int64
 }
 
 // StagingName returns a name for a staging directory that no other has. Whoever
@@ -180,6 +189,29 @@ func (s *Staging) WriteJSON(name string, v any) error {
 		return fmt.Errorf("write member %s: %w", name, err)
 	}
 	return s.WriteFile(name, data)
+}
+
+// Compose makes the member name of pieces of open files, one after the other, which
+// are read only when Assemble puts them into the archive: nothing is copied before. The
+// files, staged, unlinked or anybody's, stay the caller's, and open and as they are
+// until Assemble has returned. Where the file system can share blocks between files,
+// it does for pieces whose offset in their file and in the archive are alike modulo the
+// size of a block.
+func (s *Staging) Compose(name string, segments []Segment) error {
+	for _, piece := range segments {
+		if piece.File == nil || piece.Offset < 0 || piece.Length < 0 || piece.Offset > math.MaxInt64-piece.Length {
+			return fmt.Errorf("compose member %s: there is no piece of %d bytes at offset %d", name, piece.Length, piece.Offset)
+		}
+	}
+	// A staged file keeps the name, and shows the member to whoever looks into the directory.
+	if err := s.WriteFile(name, nil); err != nil {
+		return err
+	}
+	if s.composed == nil {
+		s.composed = map[string][]Segment{}
+	}
+	s.composed[name] = slices.Clone(segments)
+	return nil
 }
 
 // Explain adds to an error of the disk (full, quota, file size limit, input and
