@@ -64,7 +64,7 @@ func (c Container) ownUserNamespace() (bool, error) {
 // asleep returns the threads of the container that are in uninterruptible sleep, by the path of their status. A thread that is traced
 // is an error.
 func (c Container) asleep() (map[string]status, error) {
-	pids, err := c.processes()
+	pids, err := c.Processes()
 	if err != nil {
 		return nil, fmt.Errorf("look at processes: %w", err)
 	}

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// processes are those that CRIU stops: init and its descendants, and what an exec has started in the container.
-func (c Container) processes() ([]int, error) {
+// Processes are those that CRIU stops: init and its descendants, and what an exec has started in the container.
+func (c Container) Processes() ([]int, error) {
 	if c.Freezer != "" {
 		return processesOf(c.Freezer)
 	}
@@ -120,7 +120,7 @@ func (c Container) describe(at place) string {
 		where += fmt.Sprintf(" (%s)", shorten(printable(at.comm), maxPath))
 	}
 	// The log has been in reach of the container: a pid from it is looked at only if it is one of the container's.
-	if pids, err := c.processes(); err == nil && slices.Contains(pids, at.pid) {
+	if pids, err := c.Processes(); err == nil && slices.Contains(pids, at.pid) {
 		if s, err := readStatus(statusPath(at.pid)); err == nil {
 			where = s.String()
 		}
@@ -148,7 +148,7 @@ func (s status) String() string {
 // findDescriptor looks for a descriptor in the container by its link in /proc/PID/fd, first in the process that at names, and fills
 // in whose it is. It says whether there is one.
 func (c Container) findDescriptor(at *place, match func(link string) bool) bool {
-	pids, err := c.processes()
+	pids, err := c.Processes()
 	if err != nil {
 		return false
 	}

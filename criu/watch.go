@@ -105,7 +105,7 @@ func (c Container) watchedPaths(ctx context.Context) ([]*fh.IrmapCacheEntry, err
 
 // watched returns the inodes of a device that the container's processes watch.
 func (c Container) watched(device uint32) (map[uint64]bool, error) {
-	pids, err := c.processes()
+	pids, err := c.Processes()
 	if err != nil {
 		return nil, err
 	}

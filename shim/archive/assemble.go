@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -108,7 +109,7 @@ func list(dir *os.File, prefix, skip string) ([]member, error) {
 	}
 	var members []member
 	for _, base := range names {
-		if base == skip {
+		if base == skip || strings.HasPrefix(base, ".nfs") { // or a scratch file, which NFS keeps so until it is closed
 			continue
 		}
 		var st unix.Stat_t

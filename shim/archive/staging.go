@@ -169,6 +169,21 @@ func (s *Staging) Create(name string) (*os.File, error) {
 	return f, nil
 }
 
+// Scratch makes an empty file without a name, to be read and written, on the same file
+// system. It is no member. The caller closes it, before Remove.
+func (s *Staging) Scratch() (*os.File, error) {
+	const name = ".scratch"
+	f, err := openAt(s.dir, name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
+	if err != nil {
+		return nil, fmt.Errorf("create scratch file: %w", s.Explain(err))
+	}
+	if err := unix.Unlinkat(int(s.dir.Fd()), name, 0); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("create scratch file: %w", &os.PathError{Op: "unlink", Path: f.Name(), Err: err})
+	}
+	return f, nil
+}
+
 // WriteFile creates the member name with the content data.
 func (s *Staging) WriteFile(name string, data []byte) error {
 	f, err := s.Create(name)

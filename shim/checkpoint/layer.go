@@ -16,18 +16,60 @@ import (
 	"crishim/shim/rootfs"
 )
 
+// layer is the container's writable layer while it is captured. It is nil where there is none.
+type layer struct {
+	dirs    rootfs.Layer
+	scratch []*os.File
+	copy    *rootfs.Copy
+}
+
+// begin copies what is at rest in the writable layer, while the container runs.
+func (c *capture) begin(ctx context.Context) error {
+	described := c.container.GetLayer()
+	if described == nil {
+		return nil
+	}
+	c.layer = &layer{}
+	var err error
+	if c.layer.dirs, err = openLayer(described, c.container.GetRootfs()); err != nil {
+		return err
+	}
+	var scratch [3]*os.File
+	for i := range scratch {
+		if scratch[i], err = c.staging.Scratch(); err != nil {
+			return err
+		}
+		c.layer.scratch = append(c.layer.scratch, scratch[i])
+	}
+	c.layer.copy = rootfs.NewCopy(c.layer.dirs, criuContainer(c.container).Processes, scratch)
+	return c.layer.copy.Begin(ctx)
+}
+
+// close closes what begin has opened. Members that rootfs has composed are to be read before.
+func (l *layer) close() {
+	if l == nil {
+		return
+	}
+	closeLayer(l.dirs)
+	for _, f := range l.scratch {
+		f.Close()
+	}
+}
+
 // rootfs captures what the container has changed of its root file system.
 func (c *capture) rootfs(ctx context.Context) error {
 	return c.member(archive.DeletedFiles, func(w io.Writer) error {
 		deleted := &stringArray{w: bufio.NewWriter(w)}
-		if l := c.container.GetLayer(); l != nil {
-			layer, err := openLayer(l, c.container.GetRootfs())
-			defer closeLayer(layer)
+		if c.layer != nil {
+			pieces, err := c.layer.copy.Finish(ctx, deleted.add)
 			if err != nil {
 				return err
 			}
-			err = c.member(archive.RootfsDiff, func(w io.Writer) error { return rootfs.Diff(ctx, w, layer, deleted.add) })
-			if err != nil {
+			segments := make([]archive.Segment, len(pieces))
+			for i, p := range pieces {
+				segments[i] = archive.Segment(p)
+			}
+			if err := c.staging.Compose(archive.RootfsDiff, segments); err != nil {
 				return err
 			}
 		}

@@ -27,8 +27,17 @@ import (
 
 // A process counts in memory and in a file as fast as it can. Whenever it is checkpointed, the two are of one moment.
 func TestMemoryAndFilesAgree(t *testing.T) {
+	memoryAndFilesAgree(t, "/bin/workload", "pair")
+}
+
+// The same through a mapping of the file, which does not change its ctime: it would be taken for one at rest.
+func TestMemoryAndMappedFilesAgree(t *testing.T) {
+	memoryAndFilesAgree(t, "/bin/workload", "pair", "mapped")
+}
+
+func memoryAndFilesAgree(t *testing.T, command ...string) {
 	containerd, crishim := serve(t)
-	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "pair"}})
+	c := containerd.Run(t, node.Spec{Command: command})
 	node.WaitCount(t, 0, c.Log)
 	path := location(t)
 	// In memory: fifty archives are as quick as fifty dumps.

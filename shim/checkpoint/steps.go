@@ -57,13 +57,18 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		return nil, err
 	}
 
+	capture := &capture{container: job.GetContainer(), process: process, staging: staging}
+	defer capture.close()
+	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_COPY})
+	if err := capture.begin(ctx); err != nil {
+		return nil, fmt.Errorf("capture changes of the root file system: %w", staging.Explain(err))
+	}
+
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_DUMP})
 	var captured []string
 	if job.GetContainer().GetShm() {
 		captured = []string{shmDir}
 	}
-	capture := &capture{container: job.GetContainer(), process: process, staging: staging}
-	defer capture.close()
 	stats, err := criu.Dump{
 		Criu:      job.GetCriu(),
 		Version:   int(job.GetCriuVersion()),
@@ -180,6 +185,8 @@ type capture struct {
 	process   *container.Pinned
 	staging   *archive.Staging
 
+	layer *layer // nil where there is none
+
 	log     *os.File // held since the capture, nil where there is none
 	logSize int64    // at that moment
 }
@@ -253,6 +260,7 @@ func (c *capture) copyLog() error {
 }
 
 func (c *capture) close() {
+	c.layer.close()
 	if c.log != nil {
 		c.log.Close()
 	}

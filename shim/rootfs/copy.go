@@ -47,18 +47,13 @@ const settled = 2 * time.Second
 
 // NewCopy prepares to copy a layer, whose descriptors must stay open. processes
 // returns those that may have files of it mapped. The spools are empty files, open to be read and
-// written, for nobody else: one for each pass and one for an index. They belong to the Copy.
+// written, for nobody else: one for the first pass, one for its index and one for the second. They stay the caller's, and open.
 func NewCopy(layer Layer, processes func() ([]int, error), spools [3]*os.File) *Copy {
 	return &Copy{
 		layer: layer, processes: processes,
 		first: newSpool(spools[0]), index: newIndex(spools[1]), second: newSpool(spools[2]),
 		settled: settled, trusted: stampsChanges, batch: maxSorted, parts: maxExtents,
 	}
-}
-
-// Close closes the spools.
-func (c *Copy) Close() error {
-	return errors.Join(c.first.file.Close(), c.index.file.Close(), c.second.file.Close())
 }
 
 // Begin makes the first pass, which may be left out. It can take as long as it takes to copy
@@ -98,8 +93,7 @@ func (c *Copy) begin(ctx context.Context) error {
 }
 
 // Finish makes the second pass, while nothing changes any more, and returns what the
-// diff consists of: the pieces, one behind the other, are what Diff writes. They can be
-// read until Close. For deleted see Diff.
+// diff consists of: the pieces, one behind the other, are what Diff writes. For deleted see Diff.
 func (c *Copy) Finish(ctx context.Context, deleted func(path string) error) ([]Piece, error) {
 	pieces, err := c.finish(ctx, deleted)
 	if err != nil {

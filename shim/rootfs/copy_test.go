@@ -34,10 +34,10 @@ func newTestCopy(t testing.TB, layer Layer) *Copy {
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { f.Close() })
 		spools[i] = f
 	}
 	c := NewCopy(layer, func() ([]int, error) { return []int{os.Getpid()}, nil }, spools)
-	t.Cleanup(func() { c.Close() })
 	c.settled = 0
 	c.trusted = func(*os.File) (bool, error) { return true, nil }
 	return c

@@ -210,4 +210,3 @@ func (l *look) batch() error {
 		}
 	}
 }
-

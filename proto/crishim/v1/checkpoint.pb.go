@@ -40,6 +40,8 @@ const (
 	Phase_PHASE_ASSEMBLE Phase = 3
 	// The archive is being made durable and given its name.
 	Phase_PHASE_PUBLISH Phase = 4
+	// Comes first: the container runs, and of its writable layer is copied what has been at rest.
+	Phase_PHASE_COPY Phase = 5
 )
 
 // Enum value maps for Phase.
@@ -50,6 +52,7 @@ var (
 		2: "PHASE_CAPTURE",
 		3: "PHASE_ASSEMBLE",
 		4: "PHASE_PUBLISH",
+		5: "PHASE_COPY",
 	}
 	Phase_value = map[string]int32{
 		"PHASE_UNSPECIFIED": 0,
@@ -57,6 +60,7 @@ var (
 		"PHASE_CAPTURE":     2,
 		"PHASE_ASSEMBLE":    3,
 		"PHASE_PUBLISH":     4,
+		"PHASE_COPY":        5,
 	}
 )
 
@@ -1054,14 +1058,16 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\bprogress\x18\x01 \x01(\v2\x14.crishim.v1.ProgressH\x00R\bprogress\x12,\n" +
 	"\x06result\x18\x02 \x01(\v2\x12.crishim.v1.ResultH\x00R\x06result\x12#\n" +
 	"\x03log\x18\x03 \x01(\v2\x0f.crishim.v1.LogH\x00R\x03logB\a\n" +
-	"\x05event*h\n" +
+	"\x05event*x\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
 	"PHASE_DUMP\x10\x01\x12\x11\n" +
 	"\rPHASE_CAPTURE\x10\x02\x12\x12\n" +
 	"\x0ePHASE_ASSEMBLE\x10\x03\x12\x11\n" +
-	"\rPHASE_PUBLISH\x10\x04*\xc5\x01\n" +
+	"\rPHASE_PUBLISH\x10\x04\x12\x0e\n" +
+	"\n" +
+	"PHASE_COPY\x10\x05*\xc5\x01\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17REASON_INVALID_LOCATION\x10\x01\x12\x1a\n" +
