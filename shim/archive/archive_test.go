@@ -112,7 +112,7 @@ func TestRoundTrip(t *testing.T) {
 	members := fill(t, s)
 
 	var last int64
-	must(t, s.Assemble(t.Context(), func(written int64) {
+	must(t, s.Assemble(t.Context(), Options{}, func(written int64) {
 		if written < last {
 			t.Errorf("progress went from %d to %d", last, written)
 		}
@@ -165,8 +165,13 @@ func contents(t *testing.T, path string) map[string][]byte {
 	f, err := os.Open(path)
 	must(t, err)
 	defer f.Close()
+	return read(t, f)
+}
+
+func read(t *testing.T, archive io.Reader) map[string][]byte {
+	t.Helper()
 	files := map[string][]byte{}
-	for r := tar.NewReader(f); ; {
+	for r := tar.NewReader(archive); ; {
 		h, err := r.Next()
 		if err == io.EOF {
 			return files
@@ -193,7 +198,7 @@ func TestOtherReaders(t *testing.T) {
 	path := rootDir(t) + "/a.tar"
 	s := stage(t, path)
 	members := fill(t, s)
-	must(t, s.Assemble(t.Context(), nil))
+	must(t, s.Assemble(t.Context(), Options{}, nil))
 	must(t, s.Publish(t.Context()))
 	for _, reader := range [][]string{
 		{"tar", "tf"},
@@ -228,7 +233,7 @@ func TestModes(t *testing.T) {
 			for name, want := range map[string]os.FileMode{".": 0o700 | os.ModeDir, "checkpoint": 0o700 | os.ModeDir, "spec.dump": 0o600, "checkpoint/pages-1.img": 0o600} {
 				checkPrivate(t, filepath.Join(s.Dir().Name(), name), want)
 			}
-			must(t, s.Assemble(t.Context(), nil))
+			must(t, s.Assemble(t.Context(), Options{}, nil))
 			checkPrivate(t, filepath.Join(s.Dir().Name(), archiveName), 0o600)
 			must(t, s.Publish(t.Context()))
 			checkPrivate(t, path, 0o600)
@@ -272,7 +277,7 @@ func TestOnlyRegularFiles(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := stage(t, rootDir(t)+"/a.tar")
 			must(t, put(s.Dir().Name()))
-			err := s.Assemble(t.Context(), nil)
+			err := s.Assemble(t.Context(), Options{}, nil)
 			if err == nil || !strings.Contains(err.Error(), "not a regular file") && !strings.Contains(err.Error(), "make a full dump") {
 				t.Errorf("Assemble = %v", err)
 			}
@@ -288,13 +293,14 @@ func TestMemberChangesSize(t *testing.T) {
 			path := s.Images().Name() + "/pages-1.img"
 			members, err := s.members()
 			must(t, err)
-			entries, total, err := layout(members, nil, time.Now())
+			a := &assembly{}
+			a.entries, a.size, err = layout(members, nil, false, 4096, time.Now())
 			must(t, err)
 			must(t, os.Truncate(path, size))
-			f, err := openAt(s.Dir(), archiveName, unix.O_WRONLY|unix.O_CREAT)
+			f, err := openAt(s.Dir(), archiveName, unix.O_RDWR|unix.O_CREAT)
 			must(t, err)
 			defer f.Close()
-			err = (&writer{file: f}).write(t.Context(), entries, total)
+			err = a.write(t.Context(), &plain{file: f, report: a.report})
 			if err == nil || !strings.Contains(err.Error(), "checkpoint/pages-1.img") {
 				t.Errorf("write = %v, want an error naming the file", err)
 			}
@@ -305,7 +311,7 @@ func TestMemberChangesSize(t *testing.T) {
 // A file of 8 GiB has no place in an octal field: PAX. It is sparse, and only its layout is looked at.
 func TestLayoutOfBigFile(t *testing.T) {
 	const size = 9 << 30
-	entries, total, err := layout([]member{{name: "checkpoint/pages-1.img", size: size}}, nil, time.Now())
+	entries, total, err := layout([]member{{name: "checkpoint/pages-1.img", size: size}}, nil, false, 4096, time.Now())
 	must(t, err)
 	h, err := tar.NewReader(bytes.NewReader(entries[1].header)).Next()
 	must(t, err)
@@ -326,7 +332,7 @@ func TestLocationAppears(t *testing.T) {
 			path := rootDir(t) + "/a.tar"
 			s := stage(t, path)
 			fill(t, s)
-			must(t, s.Assemble(t.Context(), nil))
+			must(t, s.Assemble(t.Context(), Options{}, nil))
 			must(t, os.WriteFile(path, []byte("precious"), 0o644))
 			before := tree(t, path)
 			if err := rename(s); !errors.Is(err, ErrExists) {
@@ -344,7 +350,7 @@ func TestLinkInsteadOfRename(t *testing.T) {
 	path := rootDir(t) + "/a.tar"
 	s := stage(t, path)
 	fill(t, s)
-	must(t, s.Assemble(t.Context(), nil))
+	must(t, s.Assemble(t.Context(), Options{}, nil))
 	must(t, s.location.link(s.dir, archiveName))
 	must(t, s.Remove())
 	checkPrivate(t, path, 0o600)
@@ -363,7 +369,7 @@ func TestDirectoryRenamed(t *testing.T) {
 	fill(t, s)
 	must(t, os.Rename(dir, root+"/old"))
 	mkdir(t, dir, 0o755, 0, 0)
-	must(t, s.Assemble(t.Context(), nil))
+	must(t, s.Assemble(t.Context(), Options{}, nil))
 	if err := s.Publish(t.Context()); !errors.Is(err, ErrInvalidLocation) {
 		t.Errorf("Publish = %v, want ErrInvalidLocation", err)
 	}
@@ -406,7 +412,7 @@ func TestFailures(t *testing.T) {
 		}, unix.ENOSPC, "make room there"},
 		{"full disk while assembling", func(t *testing.T, s *Staging, dir string) error {
 			must(t, s.WriteFile("checkpoint/pages-1.img", make([]byte, 3<<20)))
-			return s.Assemble(t.Context(), nil)
+			return s.Assemble(t.Context(), Options{}, nil)
 		}, unix.ENOSPC, "pack checkpoint/pages-1.img"},
 		{"file size limit", func(t *testing.T, s *Staging, dir string) error {
 			must(t, s.WriteFile("checkpoint/pages-1.img", make([]byte, 1<<20)))
@@ -417,25 +423,25 @@ func TestFailures(t *testing.T) {
 			must(t, unix.Getrlimit(unix.RLIMIT_FSIZE, &old))
 			must(t, unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 64 << 10, Max: old.Max}))
 			defer unix.Setrlimit(unix.RLIMIT_FSIZE, &old)
-			return s.Assemble(t.Context(), nil)
+			return s.Assemble(t.Context(), Options{}, nil)
 		}, unix.EFBIG, "LimitFSIZE="},
 		{"canceled while assembling", func(t *testing.T, s *Staging, dir string) error {
 			must(t, s.WriteFile("checkpoint/pages-1.img", make([]byte, 1<<20)))
-			return s.Assemble(canceled, nil)
+			return s.Assemble(canceled, Options{}, nil)
 		}, nil, "deadline of the test"},
 		{"canceled before publishing", func(t *testing.T, s *Staging, dir string) error {
-			must(t, s.Assemble(t.Context(), nil))
+			must(t, s.Assemble(t.Context(), Options{}, nil))
 			return s.Publish(canceled)
 		}, nil, "deadline of the test"},
 		{"never assembled", func(t *testing.T, s *Staging, dir string) error {
 			return s.Publish(t.Context())
 		}, nil, "not been assembled"},
 		{"assembled twice", func(t *testing.T, s *Staging, dir string) error {
-			must(t, s.Assemble(t.Context(), nil))
-			return s.Assemble(t.Context(), nil)
+			must(t, s.Assemble(t.Context(), Options{}, nil))
+			return s.Assemble(t.Context(), Options{}, nil)
 		}, nil, archiveName},
 		{"read-only file system", func(t *testing.T, s *Staging, dir string) error {
-			must(t, s.Assemble(t.Context(), nil))
+			must(t, s.Assemble(t.Context(), Options{}, nil))
 			must(t, s.archive.Close()) // a file open for writing keeps the mount from changing
 			s.archive, _ = os.Open(s.Dir().Name() + "/" + archiveName)
 			must(t, unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
@@ -443,7 +449,7 @@ func TestFailures(t *testing.T) {
 			return s.Publish(t.Context())
 		}, unix.EROFS, "remount"},
 		{"directory cannot be synced", func(t *testing.T, s *Staging, dir string) error {
-			must(t, s.Assemble(t.Context(), nil))
+			must(t, s.Assemble(t.Context(), Options{}, nil))
 			// A disk that fails just there cannot be had; a descriptor that cannot sync can.
 			unsyncable, err := openComponent(nil, dir)
 			must(t, err)
@@ -453,7 +459,7 @@ func TestFailures(t *testing.T) {
 			return s.Publish(t.Context())
 		}, unix.EBADF, "sync directory"},
 		{"staging deleted by somebody", func(t *testing.T, s *Staging, dir string) error {
-			must(t, s.Assemble(t.Context(), nil))
+			must(t, s.Assemble(t.Context(), Options{}, nil))
 			must(t, os.RemoveAll(s.Dir().Name()))
 			return s.Publish(t.Context())
 		}, unix.ENOENT, "rename"},

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,35 +16,121 @@ import (
 // copyChunk is how much is copied between two looks at the context.
 const copyChunk = 8 << 20
 
-// Assemble writes the archive from what was staged: the regular files in Dir and
-// Images, and nothing else may be there. Each staged file is deleted once it is
-// in the archive, so that only the largest member needs its room twice. After an
-// error, then, Remove is all that is left to do. Where a manifest was staged, it is
-// completed with the digests of all others.
+// What Options can ask for.
+const (
+	None   = "none"
+	Zstd   = "zstd"
+	SHA256 = "sha256"
+)
+
+// Options says what an archive is to be like. The zero value is the default.
+type Options struct {
+	Compression string // None, the default, or Zstd
+	Digest      string // of each member in the manifest: SHA256, the default, or None
+}
+
+// Validate tells whether there is such a form of an archive.
+func (o Options) Validate() error {
+	switch o.Compression {
+	case "", None, Zstd:
+	default:
+		return fmt.Errorf("compression %q: it is %s or %s", o.Compression, None, Zstd)
+	}
+	switch o.Digest {
+	case "", SHA256, None:
+	default:
+		return fmt.Errorf("digest %q: it is %s or %s", o.Digest, SHA256, None)
+	}
+	return nil
+}
+
+// Assemble makes the archive of what was staged: the regular files in Dir and
+// Images, and nothing else may be there. Bytes that are in staged files become the
+// archive's without being copied where the file system can do that, see plain. Each
+// staged file is deleted once it is in the archive; after an error, then, Remove is
+// all that is left to do. Where a manifest was staged, it is completed with the names, sizes
+// and digests of all others.
 //
-// progress, if not nil, is called now and then with the bytes written so far,
-// from the same goroutine.
-func (s *Staging) Assemble(ctx context.Context, progress func(written int64)) error {
+// progress, if not nil, is called now and then with the archive's bytes so far, at
+// last with its size, from the same goroutine.
+func (s *Staging) Assemble(ctx context.Context, options Options, progress func(written int64)) error {
+	if err := s.assemble(ctx, options, progress); err != nil {
+		return fmt.Errorf("assemble archive: %w", s.Explain(err))
+	}
+	return nil
+}
+
+func (s *Staging) assemble(ctx context.Context, options Options, progress func(written int64)) error {
+	if err := options.Validate(); err != nil {
+		return err
+	}
+	if s.archive != nil {
+		return fmt.Errorf("%s is there already", archiveName)
+	}
 	members, err := s.members()
 	if err != nil {
-		return fmt.Errorf("assemble archive: %w", err)
+		return err
 	}
 	manifest, members, err := takeManifest(members)
 	if err != nil {
-		return fmt.Errorf("assemble archive: %w", err)
+		return err
 	}
-	entries, size, err := layout(members, manifest, time.Now())
-	if err != nil {
-		return fmt.Errorf("assemble archive: %w", err)
+	a := &assembly{manifest: manifest, progress: progress}
+	digests := manifest != nil && options.Digest != None
+	if a.entries, a.size, err = layout(members, manifest, digests, s.blockSize(), time.Now()); err != nil {
+		return err
 	}
-	err = s.create(func(f *os.File) error {
-		w := &writer{file: f, manifest: manifest, progress: progress}
-		return w.write(ctx, entries, size)
-	})
-	if err != nil {
-		return fmt.Errorf("assemble archive: %w", err)
+
+	ctx, cancel := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	defer background.Wait()
+	defer cancel()
+	if digests {
+		a.sums = startSums(ctx, &background, a.entries)
 	}
+	if options.Compression == Zstd {
+		return s.create(func(f *os.File) error {
+			out, err := newCompressed(f, a.report)
+			if err != nil {
+				return err
+			}
+			defer out.stop()
+			return a.write(ctx, out)
+		})
+	}
+	can := s.probe()
+	a.startWriteBack(ctx, &background, can)
+	out := &plain{can: can, report: a.report}
+	if err := out.insert(ctx, s, a); err != nil {
+		return err
+	}
+	if out.file == nil {
+		return s.create(func(f *os.File) error {
+			out.file = f
+			return a.write(ctx, out)
+		})
+	}
+	if err := a.write(ctx, out); err != nil {
+		return errors.Join(err, out.file.Close())
+	}
+	s.archive = out.file
 	return nil
+}
+
+// blockSize is the unit in which the file system shares and shifts blocks, as far as it
+// tells: a guess that does not fit costs a copy.
+func (s *Staging) blockSize() int64 {
+	const least, most = 4 << 10, 64 << 10 // of ext4, XFS and btrfs, on any machine
+	var st unix.Statfs_t
+	if unix.Fstatfs(int(s.dir.Fd()), &st) != nil {
+		return least
+	}
+	for _, size := range []int64{8 << 10, 16 << 10, 32 << 10, most} {
+		if int64(st.Bsize) == size {
+			return size
+		}
+	}
+	return least
 }
 
 // Write makes what is published of what write writes, in place of Assemble: for an
@@ -53,7 +140,7 @@ func (s *Staging) Write(write func(io.Writer) error) error {
 }
 
 func (s *Staging) create(write func(*os.File) error) error {
-	f, err := openAt(s.dir, archiveName, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
+	f, err := openAt(s.dir, archiveName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
 		return s.Explain(err)
 	}
@@ -133,148 +220,95 @@ func list(dir *os.File, prefix, skip string) ([]member, error) {
 	return members, nil
 }
 
-// writer moves the bytes of a layout into a file.
-type writer struct {
-	file     *os.File
-	manifest *Manifest // gets the digests; nil where there is none
-	written  int64
+// assembly is an archive on its way from the staged files to an output.
+type assembly struct {
+	entries  []entry
+	size     int64           // of all entries and the trailer, uncompressed
+	manifest *Manifest       // gets the digests; nil where there is none
+	sums     map[string]*sum // of big members, by their names; nil where digests are not wanted
 	progress func(written int64)
 }
 
-func (w *writer) write(ctx context.Context, entries []entry, size int64) error {
+// output is where the bytes of an archive go, in order.
+type output interface {
+	// write appends bytes.
+	write(b []byte) error
+	// member appends a staged member. sum is nil where nobody reads it besides.
+	member(ctx context.Context, m member, sum *sum) error
+	// offset is the number of bytes appended, before they are compressed.
+	offset() int64
+	// end is called when all is appended. It reports the archive's size.
+	end() error
+}
+
+func (a *assembly) write(ctx context.Context, out output) error {
 	summed := 0
-	for _, e := range entries {
-		if w.written != e.offset {
-			return fmt.Errorf("entry %s is due at byte %d, but %d are written", e.member.name, e.offset, w.written)
+	for _, e := range a.entries {
+		if out.offset() != e.offset {
+			return fmt.Errorf("entry %s is due at byte %d, but %d are written", e.member.name, e.offset, out.offset())
 		}
-		if err := w.writeBytes(e.header); err != nil {
+		if err := out.write(e.header); err != nil {
 			return err
 		}
 		switch {
 		case e.member.name == ManifestName:
-			data, err := w.manifest.encode()
+			data, err := a.manifest.encode()
 			if err != nil {
 				return fmt.Errorf("write %s: %w", e.member.name, err)
 			}
-			if err := w.writeBytes(append(data, make([]byte, padding(e.member.size))...)); err != nil {
+			if err := out.write(append(data, make([]byte, padding(e.member.size))...)); err != nil {
 				return err
 			}
 		case e.member.dir != nil:
-			sum, err := w.copyMember(ctx, e.member)
+			digest, err := a.member(ctx, out, e.member)
 			if err != nil {
 				return fmt.Errorf("pack %s: %w", e.member.name, err)
 			}
-			if w.manifest != nil {
-				w.manifest.Members[summed].SHA256 = sum
+			if a.sums != nil {
+				a.manifest.Members[summed].SHA256 = digest
 				summed++
 			}
 		}
 	}
-	if err := w.writeBytes(make([]byte, trailerSize)); err != nil {
+	if err := out.write(make([]byte, trailerSize)); err != nil {
 		return err
 	}
-	if w.written != size {
-		return fmt.Errorf("archive of %d bytes has become one of %d", size, w.written)
+	if out.offset() != a.size {
+		return fmt.Errorf("archive of %d bytes has become one of %d", a.size, out.offset())
 	}
-	w.report()
-	return nil
+	return out.end()
 }
 
-func (w *writer) writeBytes(b []byte) error {
-	n, err := w.file.WriteAt(b, w.written)
-	w.written += int64(n)
-	return err
-}
-
-// copyMember copies a member behind its header and deletes its staged file. It returns
-// the member's digest where there is a manifest to put it into.
-func (w *writer) copyMember(ctx context.Context, m member) (digest string, err error) {
-	src, err := openAt(m.dir, m.base, unix.O_RDONLY)
-	if err != nil {
+// member appends a staged member and deletes its file. It returns the member's digest
+// where that is wanted.
+func (a *assembly) member(ctx context.Context, out output, m member) (digest string, err error) {
+	if ctx.Err() != nil {
+		return "", context.Cause(ctx)
+	}
+	sum := a.sums[m.name]
+	if a.sums != nil && sum == nil { // a small one
+		sum = newSum(m)
+		sum.compute(ctx, m)
+	}
+	if err := out.member(ctx, m, sum); err != nil {
 		return "", err
 	}
-	defer src.Close()
-	if !m.composed {
-		m.segments = []Segment{{File: src, Length: m.size}}
+	if err := out.write(make([]byte, padding(m.size))); err != nil {
+		return "", err
 	}
-
-	sumCtx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	wait := func() (string, error) { return "", nil }
-	if w.manifest != nil {
-		wait = startSum(sumCtx, m.segments)
-	}
-	for _, piece := range m.segments {
-		if err = w.copyBytes(ctx, piece); err != nil {
-			cancel(err)
-			break
+	if sum != nil {
+		if digest, err = sum.wait(); err != nil {
+			return "", err
 		}
 	}
-	digest, sumErr := wait()
-	if err != nil {
-		return "", err
-	}
-	if sumErr != nil {
-		return "", sumErr
-	}
-	info, err := src.Stat()
-	if err != nil {
-		return "", err
-	}
-	if !info.Mode().IsRegular() || !m.composed && info.Size() != m.size {
-		return "", fmt.Errorf("file changed from %d to %d bytes while it was packed: something still writes to it", m.size, info.Size())
-	}
-	if err := w.writeBytes(make([]byte, padding(m.size))); err != nil {
-		return "", err
-	}
 	if err := unix.Unlinkat(int(m.dir.Fd()), m.base, 0); err != nil && !errors.Is(err, unix.ENOENT) {
-		return "", &os.PathError{Op: "unlink", Path: src.Name(), Err: err}
+		return "", &os.PathError{Op: "unlink", Path: m.base, Err: err}
 	}
 	return digest, nil
 }
 
-// copyBytes copies a piece of a file.
-func (w *writer) copyBytes(ctx context.Context, piece Segment) error {
-	for done := int64(0); done < piece.Length; {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		n, err := copyRange(w.file, w.written, piece.File, piece.Offset+done, min(piece.Length-done, copyChunk))
-		// Start writing to disk now, so that the sync at the end has less to do.
-		// Only a hint: an error shows up in that sync.
-		_ = unix.SyncFileRange(int(w.file.Fd()), w.written, n, unix.SYNC_FILE_RANGE_WRITE)
-		w.written += n
-		done += n
-		switch {
-		case err != nil:
-			return err
-		case n == 0:
-			return fmt.Errorf("file shrank by %d bytes while it was packed: something still writes to it", piece.Length-done)
-		}
-		w.report()
-	}
-	return nil
-}
-
-// copyRange copies up to n bytes between two files at given offsets, in the kernel where
-// it can. It returns how many it has copied: 0 at the end of the file.
-func copyRange(to *os.File, toOffset int64, from *os.File, fromOffset, n int64) (int64, error) {
-	source, target := fromOffset, toOffset
-	copied, err := unix.CopyFileRange(int(from.Fd()), &source, int(to.Fd()), &target, int(n), 0)
-	switch {
-	case err == nil && copied > 0:
-		return int64(copied), nil
-	case err == nil, errors.Is(err, unix.EXDEV), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS),
-		errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPERM):
-		// Between two file systems, or such a one that the kernel cannot do it on: files of FUSE may end early, too.
-		return io.CopyBuffer(io.NewOffsetWriter(to, toOffset), io.NewSectionReader(from, fromOffset, n), make([]byte, 1<<20))
-	default:
-		return 0, &os.PathError{Op: "copy_file_range", Path: to.Name(), Err: err}
-	}
-}
-
-func (w *writer) report() {
-	if w.progress != nil {
-		w.progress(w.written)
+func (a *assembly) report(written int64) {
+	if a.progress != nil {
+		a.progress(written)
 	}
 }

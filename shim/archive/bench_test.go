@@ -32,7 +32,7 @@ func BenchmarkAssemble(b *testing.B) {
 				s := benchStaging(b, dir+"/a.tar", pages, digests)
 				before := processorTime(b)
 				b.StartTimer()
-				if err := s.Assemble(b.Context(), nil); err != nil {
+				if err := s.Assemble(b.Context(), Options{}, nil); err != nil {
 					b.Fatal(err)
 				}
 				b.StopTimer()

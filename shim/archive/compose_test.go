@@ -42,7 +42,7 @@ func TestCompose(t *testing.T) {
 	must(t, s.Compose(RootfsDiff, pieces))
 	must(t, s.Compose("checkpoint/nothing.img", nil))
 	must(t, s.WriteJSON(ManifestName, NewManifest(Origin{})))
-	must(t, s.Assemble(t.Context(), nil))
+	must(t, s.Assemble(t.Context(), Options{}, nil))
 	must(t, s.Publish(t.Context()))
 
 	got := contents(t, dir+"/a.tar")
@@ -85,7 +85,7 @@ func TestComposeRefuses(t *testing.T) {
 		}
 	}
 	must(t, s.Compose("short", []Segment{{source, 50, 51}}))
-	err = s.Assemble(t.Context(), nil)
+	err = s.Assemble(t.Context(), Options{}, nil)
 	if err == nil || !strings.Contains(err.Error(), "pack short: file shrank by 1 bytes") {
 		t.Errorf("Assemble = %v, want an error that names the member", err)
 	}
@@ -96,7 +96,7 @@ func TestComposedMemberWrittenTo(t *testing.T) {
 	s := stage(t, rootDir(t)+"/a.tar")
 	must(t, s.Compose(RootfsDiff, nil))
 	must(t, os.WriteFile(s.Dir().Name()+"/"+RootfsDiff, []byte("x"), 0o600))
-	if err := s.Assemble(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "written to as well") {
+	if err := s.Assemble(t.Context(), Options{}, nil); err == nil || !strings.Contains(err.Error(), "written to as well") {
 		t.Errorf("Assemble = %v", err)
 	}
 }

@@ -4,11 +4,15 @@ import (
 	"archive/tar"
 	"bytes"
 	"cmp"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -17,7 +21,7 @@ const (
 	bigSize     = 1 << 20       // members from this size on come last
 )
 
-// member is a staged file.
+// member is a staged file, or one of pieces of files.
 type member struct {
 	name    string   // in the archive, such as checkpoint/core-1.img
 	dir     *os.File // the directory in which it is staged
@@ -29,6 +33,39 @@ type member struct {
 	composed bool
 }
 
+// open opens a member's staged file and returns what it consists of.
+func (m member) open() (pieces []Segment, staged *os.File, err error) {
+	// Writing is for those who free it.
+	staged, err = openAt(m.dir, m.base, unix.O_RDWR)
+	if err != nil {
+		return nil, nil, err
+	}
+	if m.composed {
+		return m.segments, staged, nil
+	}
+	return []Segment{{File: staged, Length: m.size}}, staged, nil
+}
+
+// unchanged tells, when a member was read, whether its file is still what was laid out.
+func (m member) unchanged(staged *os.File) error {
+	info, err := staged.Stat()
+	if err != nil {
+		return err
+	}
+	if !m.composed && (!info.Mode().IsRegular() || info.Size() != m.size) {
+		return fmt.Errorf("file changed from %d to %d bytes while it was packed: something still writes to it", m.size, info.Size())
+	}
+	return nil
+}
+
+// shrank is the error of a file that ends too early, for which err, if not nil, was returned.
+func shrank(err error, missing int64) error {
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	return fmt.Errorf("file shrank by %d bytes while it was packed: something still writes to it", missing)
+}
+
 // entry is one entry of the archive: a header, and behind it the bytes of a
 // member, filled up to a whole block.
 type entry struct {
@@ -36,6 +73,9 @@ type entry struct {
 	header []byte
 	member member // directory and manifest come from no staged file, and have no dir
 }
+
+// content is where the member's bytes are in the archive.
+func (e *entry) content() int64 { return e.offset + int64(len(e.header)) }
 
 // layout decides the archive's form before a byte is moved: which entries, in
 // which order, with which headers, at which offsets. It returns the archive's
@@ -45,8 +85,11 @@ type entry struct {
 // directory checkpoint/ (checkpointctl wants it named) with the small images,
 // then the other small members, then the big ones, the largest last, and behind
 // them the manifest, if there is one. It gets the members' names and sizes here, which
-// is all that its own size depends on.
-func layout(members []member, manifest *Manifest, now time.Time) ([]entry, int64, error) {
+// is all that its own size depends on, and room for their digests.
+//
+// The bytes of big members begin at multiples of align, whatever becomes of them: so
+// archives are the same on all file systems.
+func layout(members []member, manifest *Manifest, digests bool, align int64, now time.Time) ([]entry, int64, error) {
 	members = append(slices.Clone(members), member{name: ImagesDir + "/", modTime: now})
 	slices.SortFunc(members, func(a, b member) int {
 		return cmp.Or(
@@ -57,9 +100,14 @@ func layout(members []member, manifest *Manifest, now time.Time) ([]entry, int64
 	})
 	if manifest != nil {
 		for _, m := range members {
-			if m.dir != nil {
-				manifest.Members = append(manifest.Members, Digest{Name: m.name, Size: m.size, SHA256: noSum})
+			if m.dir == nil {
+				continue
 			}
+			d := Digest{Name: m.name, Size: m.size}
+			if digests {
+				d.SHA256 = noSum
+			}
+			manifest.Members = append(manifest.Members, d)
 		}
 		data, err := manifest.encode()
 		if err != nil {
@@ -70,7 +118,13 @@ func layout(members []member, manifest *Manifest, now time.Time) ([]entry, int64
 	entries := make([]entry, 0, len(members))
 	offset := int64(0)
 	for _, m := range members {
-		header, err := tarHeader(m)
+		var header []byte
+		var err error
+		if m.size >= bigSize && m.dir != nil {
+			header, err = alignedHeader(m, offset, align)
+		} else {
+			header, err = tarHeader(m, 0)
+		}
 		if err != nil {
 			return nil, 0, fmt.Errorf("write header of %s: %w", m.name, err)
 		}
@@ -112,9 +166,33 @@ func padding(size int64) int64 {
 	return -size & (blockSize - 1)
 }
 
+// alignedHeader is tarHeader for a member whose header is at offset, and whose bytes
+// begin at a multiple of align: a comment fills up what is missing.
+func alignedHeader(m member, offset, align int64) ([]byte, error) {
+	missing := func(header []byte) int64 { return -(offset + int64(len(header))) & (align - 1) }
+	header, err := tarHeader(m, 0)
+	if err != nil || missing(header) == 0 {
+		return header, err
+	}
+	// The first byte takes an extended header. From there on a record grows with its comment, and a
+	// little more, since it has its own length in front: mostly that makes no block more, and otherwise
+	// fewer bytes do.
+	if header, err = tarHeader(m, 1); err != nil {
+		return nil, err
+	}
+	more := missing(header)
+	for _, length := range []int64{1, 1 + more, 1 + more - 8} {
+		if header, err = tarHeader(m, length); err != nil || missing(header) == 0 {
+			return header, err
+		}
+	}
+	return nil, fmt.Errorf("%d bytes are missing to a multiple of %d", missing(header), align)
+}
+
 // tarHeader returns the blocks in front of a member's bytes: one, or more where
-// PAX records are needed for a long name or a size of 8 GiB and over.
-func tarHeader(m member) ([]byte, error) {
+// PAX records are needed for a long name, a size of 8 GiB and over, or a comment of
+// so many bytes, which readers pass over.
+func tarHeader(m member, comment int64) ([]byte, error) {
 	h := tar.Header{
 		Typeflag: tar.TypeReg,
 		Name:     m.name,
@@ -122,6 +200,9 @@ func tarHeader(m member) ([]byte, error) {
 		Mode:     0o600,
 		ModTime:  m.modTime.Truncate(time.Second), // fractions would cost a PAX record each
 		Format:   tar.FormatPAX,                   // plain ustar where that is enough, never GNU
+	}
+	if comment > 0 {
+		h.PAXRecords = map[string]string{"comment": strings.Repeat(" ", int(comment))}
 	}
 	if strings.HasSuffix(m.name, "/") {
 		h.Typeflag, h.Mode = tar.TypeDir, 0o700

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,7 +33,7 @@ type Manifest struct {
 }
 
 // NewManifest returns a manifest to be staged as ManifestName. Assemble fills in the
-// members. Where none is staged, no digest is computed, and the archive has none.
+// members. Where none is staged, no digest is computed, and the archive has no manifest.
 func NewManifest(origin Origin) *Manifest {
 	return &Manifest{Version: manifestVersion, Origin: origin}
 }
@@ -51,7 +53,7 @@ type Origin struct {
 type Digest struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
-	SHA256 string `json:"sha256"` // of its bytes, in hexadecimal
+	SHA256 string `json:"sha256,omitempty"` // of its bytes, in hexadecimal; empty where digests were not wanted
 }
 
 // Digests is a list that takes no more memory than one of an archive has to.
@@ -139,30 +141,81 @@ func stagedManifest(m member) (*Manifest, error) {
 	return manifest, nil
 }
 
-// startSum begins to compute the digest of pieces of files. The caller calls wait,
-// exactly once, before it closes them; the end of ctx shortens it.
-//
-// It reads for itself, beside whoever moves the bytes: CRIU has written them just now,
-// so they are in the page cache, and the mover is free to let the kernel do its work.
-func startSum(ctx context.Context, pieces []Segment) (wait func() (string, error)) {
-	type result struct {
-		sum string
-		err error
+// sumWorkers is how many members' digests are computed at once, at most: enough for a
+// disk, and few enough for who else is on the node.
+const sumWorkers = 4
+
+// sum is the digest of a member while it is computed. It reads for itself, beside
+// whoever moves the bytes: CRIU has written them just now, so they are in the page
+// cache, and the mover is free to let the kernel do its work.
+type sum struct {
+	chunks chan struct{} // one for each copyChunk that was read; closed at the end
+	digest string        // of use when chunks is closed
+	err    error
+}
+
+func newSum(m member) *sum {
+	return &sum{chunks: make(chan struct{}, m.size/copyChunk)} // elements without size take no room
+}
+
+// startSums begins to compute the digests of the big members among entries, the staged file that insert
+// takes first: it waits for it. They end with ctx, and done counts what must end before the caller returns.
+func startSums(ctx context.Context, done *sync.WaitGroup, entries []entry) map[string]*sum {
+	sums := map[string]*sum{}
+	var order []member
+	if base := largestStaged(entries); base != nil {
+		order = append(order, base.member)
 	}
-	done := make(chan result, 1)
-	go func() {
-		sum, err := sum(ctx, pieces)
-		done <- result{sum, err}
-	}()
-	return func() (string, error) {
-		r := <-done
-		return r.sum, r.err
+	for _, e := range entries {
+		if e.member.dir != nil && e.member.size >= bigSize {
+			order = append(order, e.member)
+		}
+	}
+	queue := make(chan member, len(order))
+	for _, m := range order {
+		if sums[m.name] == nil {
+			sums[m.name] = newSum(m)
+			queue <- m
+		}
+	}
+	close(queue)
+	for range min(len(sums), sumWorkers, runtime.GOMAXPROCS(0)) {
+		done.Go(func() {
+			for m := range queue {
+				sums[m.name].compute(ctx, m)
+			}
+		})
+	}
+	return sums
+}
+
+// wait returns the digest when it is known. After it, next must not be called.
+func (s *sum) wait() (string, error) {
+	for range s.chunks {
+	}
+	return s.digest, s.err
+}
+
+// next waits until a further copyChunk of the member was read, or all of it.
+func (s *sum) next() { <-s.chunks }
+
+func (s *sum) compute(ctx context.Context, m member) {
+	defer close(s.chunks)
+	s.digest, s.err = s.read(ctx, m)
+	if s.err != nil {
+		s.err = fmt.Errorf("compute digest: %w", s.err)
 	}
 }
 
-func sum(ctx context.Context, pieces []Segment) (string, error) {
+func (s *sum) read(ctx context.Context, m member) (string, error) {
+	pieces, src, err := m.open()
+	if err != nil {
+		return "", err
+	}
+	defer src.Close()
 	hash := sha256.New()
-	buffer := make([]byte, 256<<10)
+	buffer := make([]byte, min(m.size, 256<<10))
+	read := int64(0)
 	for _, piece := range pieces {
 		for done := int64(0); done < piece.Length; {
 			if ctx.Err() != nil {
@@ -172,8 +225,12 @@ func sum(ctx context.Context, pieces []Segment) (string, error) {
 			hash.Write(buffer[:n])
 			done += int64(n)
 			if err != nil && done < piece.Length {
-				return "", fmt.Errorf("compute digest: %w", err)
+				return "", shrank(err, piece.Length-done)
 			}
+			for next := read/copyChunk + 1; next <= (read+int64(n))/copyChunk; next++ {
+				s.chunks <- struct{}{}
+			}
+			read += int64(n)
 		}
 	}
 	return hex.EncodeToString(hash.Sum(nil)), nil

@@ -24,7 +24,7 @@ func written(t *testing.T) []byte {
 	must(t, s.WriteJSON(ManifestName, NewManifest(Origin{Crishim: "1.2.3", Criu: "4.2.1", Architecture: "amd64"})))
 	must(t, s.WriteFile("status.dump", []byte("{}")))
 	must(t, s.WriteFile("checkpoint/pstree.img", []byte("pstree")))
-	must(t, s.Assemble(t.Context(), nil))
+	must(t, s.Assemble(t.Context(), Options{}, nil))
 	must(t, s.Publish(t.Context()))
 	data, err := os.ReadFile(path)
 	must(t, err)
@@ -259,7 +259,7 @@ func TestAssembleRefusesAManifestOfItsOwn(t *testing.T) {
 	} {
 		s := stage(t, rootDir(t)+"/a.tar")
 		must(t, s.WriteFile(ManifestName, []byte(content)))
-		if err := s.Assemble(t.Context(), nil); err == nil || !strings.Contains(err.Error(), want) {
+		if err := s.Assemble(t.Context(), Options{}, nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: Assemble = %v, want %q", content, err, want)
 		}
 	}

@@ -101,7 +101,7 @@ func archiveOf(t *testing.T, change func(members map[string][]byte)) *os.File {
 			must(t, staging.WriteFile(name, content))
 		}
 	}
-	must(t, staging.Assemble(t.Context(), nil))
+	must(t, staging.Assemble(t.Context(), archive.Options{}, nil))
 	must(t, staging.Publish(t.Context()))
 	file, err := os.Open(path)
 	must(t, err)
