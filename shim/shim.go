@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"crishim/shim/archive"
 	"crishim/shim/checkpoint"
 	"crishim/shim/relay"
 )
@@ -29,6 +30,7 @@ type Config struct {
 	RuntimeEndpoint string // of the runtime, in the same form
 	Criu            string // path of criu, or its name in PATH
 	Version         string // of crishim: archives say what has made them
+	Archive         archive.Options
 	Log             logrus.FieldLogger
 }
 
@@ -42,6 +44,9 @@ const (
 // Run serves until ctx ends, then shuts down in order and returns nil. Any other error is of the start: a listening address
 // that cannot be had, or an endpoint that makes no sense.
 func Run(ctx context.Context, config Config) error {
+	if err := config.Archive.Validate(); err != nil {
+		return fmt.Errorf("parse form of archives: %w", err)
+	}
 	runtimePath, err := socketPath(config.RuntimeEndpoint)
 	if err != nil {
 		return fmt.Errorf("parse runtime endpoint: %w", err)
@@ -59,7 +64,7 @@ func Run(ctx context.Context, config Config) error {
 	defer runtime.Close()
 	checkpoints := checkpoint.New(checkpoint.Config{
 		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
-		Criu: config.Criu, Version: config.Version, Log: config.Log,
+		Criu: config.Criu, Version: config.Version, Archive: config.Archive, Log: config.Log,
 	})
 	server := grpc.NewServer()
 	defer server.Stop()

@@ -62,6 +62,8 @@ func TestMistakesAreNamed(t *testing.T) {
 		{[]string{"serve", "--log-level", "loud"}, "--log-level"},
 		{[]string{"serve", "--listen", "tcp://127.0.0.1:1"}, "only unix sockets are possible"},
 		{[]string{"serve", "--runtime-endpoint", "containerd.sock"}, "an absolute path is needed"},
+		{[]string{"serve", "--compression", "gzip"}, `compression "gzip": it is none or zstd`},
+		{[]string{"serve", "--digest", "md5"}, `digest "md5": it is sha256 or none`},
 		{[]string{"serve", "now"}, "now"},
 		{[]string{"no-such-command"}, "no-such-command"},
 	} {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -85,9 +86,13 @@ func printReport(w io.Writer, report *archive.Report, images *needs.Images) erro
 		bytes += m.Size
 	}
 	line("structure", "sound: %d members of %d bytes", len(report.Members), bytes)
-	if report.Manifest != nil {
+	switch {
+	case report.Manifest != nil && !hasDigests(report.Manifest):
+		line("digests", "none: crishim %s has written this archive without, so damage inside of members cannot be seen",
+			needs.Plain(report.Manifest.Origin.Crishim))
+	case report.Manifest != nil:
 		line("digests", "right: nothing has changed since crishim %s wrote it", needs.Plain(report.Manifest.Origin.Crishim))
-	} else {
+	default:
 		line("digests", "none: crishim has not written this archive, so damage inside of members cannot be seen")
 	}
 	line("container", "%s (%s), checkpointed at %s", needs.Plain(report.Config.Name), needs.Plain(report.Config.ID),
@@ -97,6 +102,11 @@ func printReport(w io.Writer, report *archive.Report, images *needs.Images) erro
 		line(need.Item, "%s", need.Text)
 	}
 	return table.Flush()
+}
+
+// hasDigests tells whether a manifest has a digest of each member.
+func hasDigests(m *archive.Manifest) bool {
+	return !slices.ContainsFunc(m.Members, func(d archive.Digest) bool { return d.SHA256 == "" })
 }
 
 // exitError is an error that has an exit code of its own; all others have 1.

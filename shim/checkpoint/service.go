@@ -30,6 +30,7 @@ type Config struct {
 	Images  runtimeapi.ImageServiceClient
 	Criu    string // name of the binary, looked for in PATH, or its path
 	Version string // of crishim
+	Archive archive.Options
 	Log     logrus.FieldLogger
 }
 
@@ -160,6 +161,7 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	if err != nil {
 		return nil, err
 	}
+	job.Compression, job.Digest = s.config.Archive.Compression, s.config.Archive.Digest
 	return runHelper(ctx, job, func(e *crishimv1.Event) {
 		if p := e.GetProgress(); p != nil {
 			log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")

@@ -93,7 +93,8 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		return nil, err
 	}
 	var size int64
-	err = staging.Assemble(ctx, archive.Options{}, func(bytes int64) {
+	options := archive.Options{Compression: job.GetCompression(), Digest: job.GetDigest()}
+	err = staging.Assemble(ctx, options, func(bytes int64) {
 		size = bytes
 		progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_ASSEMBLE, Bytes: bytes})
 	})

@@ -175,7 +175,11 @@ type Job struct {
 	Members []*Member `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
 	// Name of the staging directory beside the location. It is the daemon's to choose, so that it can remove what a helper
 	// leaves that was killed.
-	Staging       string `protobuf:"bytes,5,opt,name=staging,proto3" json:"staging,omitempty"`
+	Staging string `protobuf:"bytes,5,opt,name=staging,proto3" json:"staging,omitempty"`
+	// Of the archive: "none" or "zstd".
+	Compression string `protobuf:"bytes,7,opt,name=compression,proto3" json:"compression,omitempty"`
+	// Of its members: "sha256" or "none".
+	Digest        string `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -248,6 +252,20 @@ func (x *Job) GetMembers() []*Member {
 func (x *Job) GetStaging() string {
 	if x != nil {
 		return x.Staging
+	}
+	return ""
+}
+
+func (x *Job) GetCompression() string {
+	if x != nil {
+		return x.Compression
+	}
+	return ""
+}
+
+func (x *Job) GetDigest() string {
+	if x != nil {
+		return x.Digest
 	}
 	return ""
 }
@@ -996,14 +1014,16 @@ var File_crishim_v1_checkpoint_proto protoreflect.FileDescriptor
 const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"\x1bcrishim/v1/checkpoint.proto\x12\n" +
-	"crishim.v1\"\xd5\x01\n" +
+	"crishim.v1\"\x8f\x02\n" +
 	"\x03Job\x12\x1a\n" +
 	"\blocation\x18\x01 \x01(\tR\blocation\x12\x12\n" +
 	"\x04criu\x18\x02 \x01(\tR\x04criu\x12!\n" +
 	"\fcriu_version\x18\x06 \x01(\x05R\vcriuVersion\x123\n" +
 	"\tcontainer\x18\x03 \x01(\v2\x15.crishim.v1.ContainerR\tcontainer\x12,\n" +
 	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\x12\x18\n" +
-	"\astaging\x18\x05 \x01(\tR\astaging\"\xe7\x03\n" +
+	"\astaging\x18\x05 \x01(\tR\astaging\x12 \n" +
+	"\vcompression\x18\a \x01(\tR\vcompression\x12\x16\n" +
+	"\x06digest\x18\b \x01(\tR\x06digest\"\xe7\x03\n" +
 	"\tContainer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12\x1d\n" +

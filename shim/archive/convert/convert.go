@@ -24,6 +24,8 @@ type verified struct {
 	file   *os.File
 	size   int64
 	sha256 string // of the whole file, in hexadecimal
+	plain  string // of the same, decompressed
+	zstd   bool   // whether it is compressed
 }
 
 func verify(ctx context.Context, file *os.File, look archive.Look) (*verified, error) {
@@ -31,15 +33,24 @@ func verify(ctx context.Context, file *os.File, look archive.Look) (*verified, e
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.New()
-	report, err := archive.Verify(ctx, io.TeeReader(file, sum), look)
+	sum, plainSum := sha256.New(), sha256.New()
+	whole := io.TeeReader(file, sum)
+	plain, compressed, err := archive.Decompress(whole)
+	if err != nil {
+		return nil, err
+	}
+	defer plain.Close()
+	report, err := archive.Verify(ctx, io.TeeReader(plain, plainSum), look)
 	if err != nil {
 		return nil, err
 	}
 	if len(report.Problems) > 0 {
 		return nil, fmt.Errorf("%s is not sound, crishim verify tells more: %s", file.Name(), report.Problems[0])
 	}
-	return &verified{Report: report, file: file, size: info.Size(), sha256: hex.EncodeToString(sum.Sum(nil))}, nil
+	return &verified{
+		Report: report, file: file, size: info.Size(), zstd: compressed,
+		sha256: hex.EncodeToString(sum.Sum(nil)), plain: hex.EncodeToString(plainSum.Sum(nil)),
+	}, nil
 }
 
 // copyTo reads the archive again, and passes it through use. It fails if there are other bytes than the first time.

@@ -18,6 +18,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/regfile"
+	"github.com/opencontainers/go-digest"
 	oci "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
@@ -69,6 +70,11 @@ func files(t *testing.T) []byte {
 // archiveOf makes an archive as crishim does.
 func archiveOf(t *testing.T, change func(members map[string][]byte)) *os.File {
 	t.Helper()
+	return archiveIn(t, archive.Options{}, change)
+}
+
+func archiveIn(t *testing.T, options archive.Options, change func(members map[string][]byte)) *os.File {
+	t.Helper()
 	id := strings.Repeat("ab", 32)
 	members := map[string][]byte{
 		"config.dump": []byte(`{"id":"0123","name":"Web","runtime":"runc","checkpointedTime":"2026-11-24T03:18:26Z",` +
@@ -101,7 +107,7 @@ func archiveOf(t *testing.T, change func(members map[string][]byte)) *os.File {
 			must(t, staging.WriteFile(name, content))
 		}
 	}
-	must(t, staging.Assemble(t.Context(), archive.Options{}, nil))
+	must(t, staging.Assemble(t.Context(), options, nil))
 	must(t, staging.Publish(t.Context()))
 	file, err := os.Open(path)
 	must(t, err)
@@ -175,6 +181,41 @@ func TestOCI(t *testing.T) {
 				t.Error("the layer is not the archive")
 			}
 		})
+	}
+}
+
+// A compressed archive is a compressed layer as it is, and decompressed for podman.
+func TestCompressed(t *testing.T) {
+	file := archiveIn(t, archive.Options{Compression: archive.Zstd}, nil)
+	whole, err := os.ReadFile(file.Name())
+	must(t, err)
+	out := filepath.Join(directory(t), "image.tar")
+	_, err = ToOCI(t.Context(), file, out, "")
+	must(t, err)
+	_, content := untar(t, out)
+	var index oci.Index
+	parse(t, content["index.json"], &index)
+	var manifest oci.Manifest
+	parse(t, blobOf(t, content, index.Manifests[0]), &manifest)
+	var image oci.Image
+	parse(t, blobOf(t, content, manifest.Config), &image)
+	layer := manifest.Layers[0]
+	if layer.MediaType != oci.MediaTypeImageLayerZstd || !bytes.Equal(blobOf(t, content, layer), whole) {
+		t.Errorf("layer %+v is not the archive", layer)
+	}
+	plain, _, err := archive.Decompress(bytes.NewReader(whole))
+	must(t, err)
+	defer plain.Close()
+	if is, err := digest.FromReader(plain); err != nil || image.RootFS.DiffIDs[0] != is {
+		t.Errorf("the layer's content is called %s, is %s, %v", image.RootFS.DiffIDs[0], is, err)
+	}
+
+	_, err = file.Seek(0, io.SeekStart)
+	must(t, err)
+	out = filepath.Join(directory(t), "podman.tar")
+	must(t, ToPodman(t.Context(), file, out, ""))
+	if _, content := untar(t, out); !bytes.Equal(content["checkpoint/pages-1.img"], bytes.Repeat([]byte("page"), 1<<19)) {
+		t.Error("podman's archive has other pages")
 	}
 }
 

@@ -61,7 +61,11 @@ func imageName(c archive.Config) string {
 }
 
 func (v *verified) writeLayout(ctx context.Context, w *tar.Writer, name string) error {
-	layer := oci.Descriptor{MediaType: oci.MediaTypeImageLayer, Digest: digest.NewDigestFromEncoded(digest.SHA256, v.sha256), Size: v.size}
+	mediaType := oci.MediaTypeImageLayer
+	if v.zstd {
+		mediaType = oci.MediaTypeImageLayerZstd
+	}
+	layer := oci.Descriptor{MediaType: mediaType, Digest: digest.NewDigestFromEncoded(digest.SHA256, v.sha256), Size: v.size}
 	created := v.Config.CheckpointedTime
 	architecture := runtime.GOARCH
 	if v.Manifest != nil && v.Manifest.Origin.Architecture != "" {
@@ -70,7 +74,7 @@ func (v *verified) writeLayout(ctx context.Context, w *tar.Writer, name string) 
 	config, configJSON, err := blob(oci.MediaTypeImageConfig, oci.Image{
 		Created:  &created,
 		Platform: oci.Platform{Architecture: architecture, OS: "linux"},
-		RootFS:   oci.RootFS{Type: "layers", DiffIDs: []digest.Digest{layer.Digest}}, // not compressed: its own digest
+		RootFS:   oci.RootFS{Type: "layers", DiffIDs: []digest.Digest{digest.NewDigestFromEncoded(digest.SHA256, v.plain)}},
 	})
 	if err != nil {
 		return err

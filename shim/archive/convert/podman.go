@@ -44,7 +44,14 @@ func ToPodman(ctx context.Context, file *os.File, out, imageID string) error {
 		return err
 	}
 	return publish(ctx, out, func(w *tar.Writer) error {
-		return p.copyTo(ctx, func(r io.Reader) error { return p.write(w, r) })
+		return p.copyTo(ctx, func(r io.Reader) error {
+			plain, _, err := archive.Decompress(r)
+			if err != nil {
+				return err
+			}
+			defer plain.Close()
+			return p.write(w, plain)
+		})
 	})
 }
 
