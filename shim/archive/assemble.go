@@ -107,10 +107,10 @@ func (s *Staging) assemble(ctx context.Context, options Options, progress func(w
 	if out.file == nil {
 		return s.create(func(f *os.File) error {
 			out.file = f
-			return a.write(ctx, out)
+			return a.writeSized(ctx, out)
 		})
 	}
-	if err := a.write(ctx, out); err != nil {
+	if err := a.writeSized(ctx, out); err != nil {
 		return errors.Join(err, out.file.Close())
 	}
 	s.archive = out.file
@@ -239,6 +239,14 @@ type output interface {
 	offset() int64
 	// end is called when all is appended. It reports the archive's size.
 	end() error
+}
+
+// writeSized gives the file its size first: for one that grows XFS reserves as much room again.
+func (a *assembly) writeSized(ctx context.Context, out *plain) error {
+	if err := out.file.Truncate(a.size); err != nil {
+		return err
+	}
+	return a.write(ctx, out)
 }
 
 func (a *assembly) write(ctx context.Context, out output) error {
