@@ -49,12 +49,32 @@ func mountNew(t testing.TB, mkfs []string, mib int64) string {
 		must(t, image.Truncate(mib<<20))
 		must(t, image.Close())
 		run(t, mkfs[0], append(mkfs[1:], image.Name())...)
+		makeLoopDevices(t)
 		args = []string{"-o", "loop", image.Name(), mountPoint}
 	}
 	run(t, "mount", args...)
 	t.Cleanup(func() { run(t, "umount", mountPoint) })
 	must(t, os.Chmod(mountPoint, 0o755))
 	return mountPoint
+}
+
+// makeLoopDevices makes the nodes of loop devices where there are none, as in a test node.
+func makeLoopDevices(t testing.TB) {
+	t.Helper()
+	nodes := map[string]uint64{"/dev/loop-control": unix.Mkdev(10, 237)} // Documentation/admin-guide/devices.txt
+	for n := range uint32(64) {
+		nodes[fmt.Sprintf("/dev/loop%d", n)] = unix.Mkdev(7, n)
+	}
+	if _, err := os.Stat("/dev/loop-control"); err == nil {
+		return
+	}
+	for path, device := range nodes {
+		kind := uint32(unix.S_IFBLK)
+		if path == "/dev/loop-control" {
+			kind = unix.S_IFCHR
+		}
+		must(t, unix.Mknod(path, kind|0o600, int(device)))
+	}
 }
 
 func run(t testing.TB, name string, args ...string) {

@@ -49,7 +49,8 @@ inside() {
 }
 inside apt-get update
 inside apt-get install -y -qq containerd runc crun containernetworking-plugins \
-	iptables nftables iproute2 busybox-static procps
+	iptables nftables iproute2 busybox-static procps \
+	e2fsprogs xfsprogs btrfs-progs
 # crun loads libcriu2 for its own checkpoints and restores.
 inside apt-get install -y -qq -t "$criu_suite" criu libcriu2
 # This suite's own, which shows what an older one says, is put aside; libnet1 is what it needs beyond.
