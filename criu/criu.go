@@ -13,8 +13,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
+	"path/filepath"
+	"strings"
 	"sync"
+	"syscall"
+	"time"
 
 	gocriu "github.com/checkpoint-restore/go-criu/v7"
 	"golang.org/x/sys/unix"
@@ -49,6 +54,9 @@ type Container struct {
 	ExternalMounts []string
 	// MaskedFiles are the files inside the container that the runtime has covered with /dev/null.
 	MaskedFiles []string
+	// Network is a path of init's network namespace, and Upper the writable layer: where a criu that is killed leaves something.
+	// They may be empty, and are not looked at otherwise.
+	Network, Upper string
 	// Descriptors is what descriptors 0, 1 and 2 of init were at start, as in the runtime's state. Runtimes refuse to
 	// restore without it.
 	Descriptors []string
@@ -119,6 +127,7 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	if d.Container.Freezer, err = d.Container.freezer(); err != nil {
 		return err
 	}
+	begin := time.Now()
 	criu := gocriu.MakeCriu()
 	criu.SetCriuPath(d.Criu)
 	if err := criu.Prepare(); err != nil {
@@ -137,11 +146,18 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	err = criu.Dump(d.options(network), hook)
 	// The pid is criu's until Cleanup has waited for it: only then is it safe to have stopped aborting.
 	aborter.stop()
-	if cleanupErr := criu.Cleanup(); err == nil && cleanupErr != nil {
+	cleanupErr := criu.Cleanup()
+	if err == nil {
 		err = cleanupErr
+	}
+	killed := killedBy(cleanupErr)
+	if killed != 0 {
+		err = d.repair(ctx, killed, begin)
 	}
 	hook.running.Wait()
 	switch {
+	case killed != 0:
+		return err
 	case err == nil:
 		return nil
 	case hook.err != nil:
@@ -150,6 +166,38 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 		return context.Cause(ctx)
 	}
 	return d.diagnose(err)
+}
+
+// killedBy returns the signal that has ended criu, 0 if it has ended by itself; err is go-criu's.
+func killedBy(err error) syscall.Signal {
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		return 0
+	}
+	if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return status.Signal()
+	}
+	return 0
+}
+
+// repair does what a criu that was killed can do no more, at once and whatever ctx says: the container stands still. It returns the
+// error of the dump.
+func (d Dump) repair(ctx context.Context, killed syscall.Signal, begin time.Time) error {
+	done, err := d.Container.Leftovers(begin, filepath.Join(d.Work.Name(), LogFile)).Remove(context.WithoutCancel(ctx))
+	repaired := ""
+	if len(done) > 0 {
+		repaired = "crishim " + strings.Join(done, ", ") + "; "
+	}
+	if err != nil {
+		return fmt.Errorf("criu was killed in mid-dump (%s): %snot everything could be put right: %w", killed, repaired, err)
+	}
+	return fmt.Errorf("criu was killed in mid-dump (%s), maybe for want of memory (look into the kernel's log): %sthe container was let go, "+
+		"but may have been changed by criu: restart it if it misbehaves", killed, repaired)
+}
+
+// Leftovers are what a criu could leave that began with the container at a certain moment, and wrote a log.
+func (c Container) Leftovers(begin time.Time, log string) Leftovers {
+	return Leftovers{Freezer: c.Freezer, Network: c.Network, Pid: c.Pid, Log: log, Upper: c.Upper, Since: begin}
 }
 
 // notify receives CRIU's notifications; those that it does not name need no answer of ours.

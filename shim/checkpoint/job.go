@@ -38,6 +38,7 @@ func newJob(location string, features criu.Features, c *container.Container, ima
 			Descriptors:    c.Descriptors,
 			Log:            c.Log,
 			Shm:            c.Shm,
+			Network:        c.Network,
 		},
 	}
 	if l := c.Layer; l != nil {

@@ -9,7 +9,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protodelim"
@@ -28,6 +31,7 @@ func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.E
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
+	begin := time.Now()
 	conn, theirs, err := socketpair()
 	if err != nil {
 		return nil, fmt.Errorf("start checkpoint helper: %w", err)
@@ -62,7 +66,7 @@ func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.E
 	})
 	stop()
 	if err != nil {
-		return nil, died(cmd, job, phase, err)
+		return nil, died(cmd, job, begin, phase, err)
 	}
 	// Its exit code says what its result has said.
 	_ = cmd.Wait()
@@ -78,11 +82,14 @@ func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.E
 
 // died undoes what a helper has left that ended without an answer, as when the kernel killed it for want of memory, and says how
 // matters stand.
-func died(cmd *exec.Cmd, job *crishimv1.Job, phase crishimv1.Phase, cause error) error {
+func died(cmd *exec.Cmd, job *crishimv1.Job, begin time.Time, phase crishimv1.Phase, cause error) error {
 	_ = cmd.Process.Kill() // it is dead, or talks nonsense
 	// The container stands still until criu has gone, whether anybody waits for the answer or not. As long as the helper has
 	// not been waited for, its pid, which is its session's number, is nobody else's.
 	found, err := criu.StopOrphan(context.Background(), job.GetCriu(), job.GetContainer().GetFreezer(), cmd.Process.Pid)
+	log := filepath.Join(filepath.Dir(job.GetLocation()), job.GetStaging(), criu.LogFile)
+	done, removeErr := criuContainer(job.GetContainer()).Leftovers(begin, log).Remove(context.Background())
+	err = errors.Join(err, removeErr)
 	if waitErr := cmd.Wait(); waitErr != nil {
 		cause = waitErr
 	}
@@ -91,11 +98,14 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, phase crishimv1.Phase, cause error)
 	case found:
 		state = "criu has rolled back, and the container runs on"
 	case phase == crishimv1.Phase_PHASE_DUMP, phase == crishimv1.Phase_PHASE_CAPTURE:
-		state = "criu is gone, too: look whether the container runs"
+		state = "criu is gone, too; the container was let go, but may have been changed by criu: restart it if it misbehaves"
 	case phase == crishimv1.Phase_PHASE_PUBLISH:
 		state = "the container runs on; if there is an archive at the location, it is whole"
 	case phase == crishimv1.Phase_PHASE_ASSEMBLE:
 		state = "the container runs on"
+	}
+	if len(done) > 0 {
+		state = "crishim " + strings.Join(done, ", ") + "; " + state
 	}
 	err = errors.Join(err, archive.Discard(job.GetLocation(), job.GetStaging()))
 	if err != nil {

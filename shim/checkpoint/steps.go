@@ -174,6 +174,8 @@ func criuContainer(c *crishimv1.Container) criu.Container {
 		ExternalMounts:   c.GetExternalMounts(),
 		MaskedFiles:      c.GetMaskedFiles(),
 		Descriptors:      c.GetDescriptors(),
+		Network:          c.GetNetwork(),
+		Upper:            c.GetLayer().GetUpper(),
 	}
 }
 

@@ -48,6 +48,8 @@ type Container struct {
 	Freezer string
 	// SharedNamespaces are the network and process namespaces that the spec names by a path. CRIU makes others anew.
 	SharedNamespaces []Namespace
+	// Network is a path of its network namespace, which outlives its processes where it is the pod's.
+	Network string
 	// ExternalMounts are mount points inside the container whose content is not the image's: bind mounts with symlinks
 	// resolved, devices, and on cgroup v1 the controllers.
 	ExternalMounts []string
@@ -131,6 +133,7 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 	if c.SharedNamespaces, err = sharedNamespaces(info.Pid, spec.Linux.Namespaces); err != nil {
 		return nil, err
 	}
+	c.Network = networkPath(info.Pid, spec.Linux.Namespaces)
 	if c.Freezer, err = findFreezer(info.Pid, state.cgroup); err != nil {
 		return nil, err
 	}
@@ -219,4 +222,22 @@ func sharedNamespaces(pid int, namespaces []specs.LinuxNamespace) ([]Namespace, 
 		shared = append(shared, Namespace{Type: string(ns.Type), Inode: inode(info)})
 	}
 	return shared, nil
+}
+
+// networkPath prefers the spec's path: /proc/PID is gone with the process, and its number may be another's later.
+func networkPath(pid int, namespaces []specs.LinuxNamespace) string {
+	path := fmt.Sprintf("/proc/%d/ns/net", pid)
+	own, err := os.Stat(path)
+	if err != nil {
+		return path // gone; who opens it finds that out
+	}
+	for _, candidate := range append(namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/proc/self/ns/net"}) {
+		if candidate.Type != specs.NetworkNamespace || candidate.Path == "" {
+			continue
+		}
+		if is, err := os.Stat(candidate.Path); err == nil && os.SameFile(is, own) {
+			return candidate.Path
+		}
+	}
+	return path
 }

@@ -154,3 +154,6 @@ func writesMemory(pid int) bool {
 	}
 	return false
 }
+
+// Kill ends that criu, which can undo nothing then.
+func (d *HeldDump) Kill() { _ = unix.Kill(d.pid, unix.SIGKILL) }

@@ -301,7 +301,9 @@ type Container struct {
 	// Whether /dev/shm belongs to the pod, and so is captured beside CRIU's images.
 	Shm bool `protobuf:"varint,14,opt,name=shm,proto3" json:"shm,omitempty"`
 	// The spec's bind mounts.
-	BindMounts    []*BindMount `protobuf:"bytes,15,rep,name=bind_mounts,json=bindMounts,proto3" json:"bind_mounts,omitempty"`
+	BindMounts []*BindMount `protobuf:"bytes,15,rep,name=bind_mounts,json=bindMounts,proto3" json:"bind_mounts,omitempty"`
+	// A path of the network namespace.
+	Network       string `protobuf:"bytes,16,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -439,6 +441,13 @@ func (x *Container) GetBindMounts() []*BindMount {
 		return x.BindMounts
 	}
 	return nil
+}
+
+func (x *Container) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
 }
 
 type BindMount struct {
@@ -1023,7 +1032,7 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\x12\x18\n" +
 	"\astaging\x18\x05 \x01(\tR\astaging\x12 \n" +
 	"\vcompression\x18\a \x01(\tR\vcompression\x12\x16\n" +
-	"\x06digest\x18\b \x01(\tR\x06digest\"\xe7\x03\n" +
+	"\x06digest\x18\b \x01(\tR\x06digest\"\x81\x04\n" +
 	"\tContainer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12\x1d\n" +
@@ -1042,7 +1051,8 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\x03log\x18\r \x01(\tR\x03log\x12\x10\n" +
 	"\x03shm\x18\x0e \x01(\bR\x03shm\x126\n" +
 	"\vbind_mounts\x18\x0f \x03(\v2\x15.crishim.v1.BindMountR\n" +
-	"bindMounts\"E\n" +
+	"bindMounts\x12\x18\n" +
+	"\anetwork\x18\x10 \x01(\tR\anetwork\"E\n" +
 	"\tBindMount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\"R\n" +
