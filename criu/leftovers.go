@@ -201,7 +201,7 @@ func unlockIptables(ctx context.Context, network *os.File) (bool, error) {
 	return found, nil
 }
 
-// runIn runs a program in a network namespace. A child is in that of the thread which starts it.
+// runIn runs a program in a network namespace. A child is in that of the thread which starts it, and the thread goes back.
 func runIn(ctx context.Context, network *os.File, input, program string, args ...string) (string, error) {
 	type result struct {
 		out string
@@ -209,12 +209,23 @@ func runIn(ctx context.Context, network *os.File, input, program string, args ..
 	}
 	done := make(chan result, 1)
 	go func() {
-		// Never unlocked: the thread ends with this goroutine, and nobody else gets to be in that network.
 		runtime.LockOSThread()
+		own, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			done <- result{err: err}
+			return
+		}
+		defer own.Close()
 		if err := unix.Setns(int(network.Fd()), unix.CLONE_NEWNET); err != nil {
 			done <- result{err: fmt.Errorf("enter network namespace: %w", err)}
 			return
 		}
+		defer func() {
+			// A thread that stays there must not be anybody else's: locked, it ends with this goroutine.
+			if err := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); err == nil {
+				runtime.UnlockOSThread()
+			}
+		}()
 		cmd := exec.CommandContext(ctx, program, args...)
 		cmd.Stdin = strings.NewReader(input)
 		out, err := cmd.Output()

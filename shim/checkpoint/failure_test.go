@@ -177,7 +177,7 @@ func TestAHelperThatIsKilledLeavesNothing(t *testing.T) {
 	}()
 	_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
 	<-killed
-	if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "signal: killed): criu has rolled back, and the container runs on") {
+	if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "signal: killed): criu was told to roll back and has ended; the container runs on") {
 		t.Errorf("error is %v, want Internal and a word on the container", err)
 	}
 	unharmed(t, c, path)

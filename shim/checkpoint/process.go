@@ -93,16 +93,21 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, begin time.Time, phase crishimv1.Ph
 	if waitErr := cmd.Wait(); waitErr != nil {
 		cause = waitErr
 	}
+	runs := "the container runs on"
+	if goneErr := processOf(job.GetContainer()).Verify(); goneErr != nil {
+		runs = goneErr.Error()
+	}
 	state := "it was not at work on the container"
 	switch {
-	case found:
-		state = "criu has rolled back, and the container runs on"
-	case phase == crishimv1.Phase_PHASE_DUMP, phase == crishimv1.Phase_PHASE_CAPTURE:
-		state = "criu is gone, too; the container was let go, but may have been changed by criu: restart it if it misbehaves"
+	case found && len(done) == 0:
+		state = "criu was told to roll back and has ended; " + runs
+	case found, phase == crishimv1.Phase_PHASE_DUMP, phase == crishimv1.Phase_PHASE_CAPTURE:
+		// Nobody tells how a criu has ended that was not our child.
+		state = "criu is gone, too; " + runs + ", but may have been changed by criu: restart it if it misbehaves"
 	case phase == crishimv1.Phase_PHASE_PUBLISH:
-		state = "the container runs on; if there is an archive at the location, it is whole"
+		state = runs + "; if there is an archive at the location, it is whole"
 	case phase == crishimv1.Phase_PHASE_ASSEMBLE:
-		state = "the container runs on"
+		state = runs
 	}
 	if len(done) > 0 {
 		state = "crishim " + strings.Join(done, ", ") + "; " + state
