@@ -45,6 +45,7 @@ func (r Root) packages() []string {
 		Docker:      {"trixie", "docker.io"},
 
 		programsRoot: {"trixie", "python3", "nodejs", "redis-server"},
+		machineRoot:  {"trixie", "systemd-sysv", "dbus", "udev", "linux-image-amd64", "zstd", "xz-utils"},
 	}[r]
 }
 

@@ -8,6 +8,20 @@ import (
 // Inside is the environment variable that is set where a process runs in a test node.
 const Inside = "CRISHIM_TEST_NODE"
 
+// InMachine is the environment variable that is set where a process runs in a virtual machine, see Machine.
+const InMachine = "CRISHIM_TEST_MACHINE"
+
+// RequireMachine skips a test that does not run in a virtual machine, and only then.
+func RequireMachine(t interface {
+	Helper()
+	Skip(...any)
+}) {
+	t.Helper()
+	if os.Getenv(InMachine) == "" {
+		t.Skip("needs the virtual machine: run make test-vm")
+	}
+}
+
 // Require skips a test that does not run in a test node, and only then.
 func Require(t interface {
 	Helper()

@@ -4,12 +4,13 @@
 //	testnode run [OPTION…] [--] COMMAND [ARGUMENT…]
 //	                                      run a command in a new node with containerd, in the current directory
 //	testnode shell [OPTION…]              the same, with a shell
+//	testnode vm [--] COMMAND [ARGUMENT…]  run a command in a new virtual machine, see node.Machine
 //	testnode sweep                        remove what killed nodes left
 //
 // The options are those of node.Options: --cgroup-v2, --root=containerd-2|podman|docker, --programs.
 //
 // It is made for "go test -exec 'testnode run --'": the source tree and the directory of the command are visible in the
-// node at the same paths. The exit code is the command's.
+// node at the same paths; in a virtual machine it is the command's file alone. The exit code is the command's.
 package main
 
 import (
@@ -26,7 +27,7 @@ import (
 	"crishim/test/node"
 )
 
-const usage = "usage: testnode build | run [OPTION…] [--] COMMAND [ARGUMENT…] | shell [OPTION…] | sweep; " +
+const usage = "usage: testnode build | run [OPTION…] [--] COMMAND [ARGUMENT…] | shell [OPTION…] | vm [--] COMMAND [ARGUMENT…] | sweep; " +
 	"options are --cgroup-v2, --root=containerd-2|podman|docker and --programs"
 
 func main() {
@@ -51,6 +52,10 @@ func run(args []string) (code int, err error) {
 		defer signal.Stop(interrupts)
 		ends = ends[1:]
 	}
+	if command == "vm" {
+		// go test sends it to see where a test hangs: the end of the machine shows its console.
+		ends = append(ends, syscall.SIGQUIT)
+	}
 	// A signal ends the command and then the node.
 	ctx, cancel := signal.NotifyContext(context.Background(), ends...)
 	defer cancel()
@@ -62,6 +67,8 @@ func run(args []string) (code int, err error) {
 			break
 		}
 		switch name, isRoot := strings.CutPrefix(option, "--root="); {
+		case command == "vm":
+			return 0, fmt.Errorf("unknown option %s: a virtual machine has none; %s", option, usage)
 		case option == "--cgroup-v2":
 			options.CgroupV2 = true
 		case option == "--programs":
@@ -81,8 +88,19 @@ func run(args []string) (code int, err error) {
 		return inNode(ctx, options, []string{"/bin/bash"})
 	case command == "run" && len(args) > 0:
 		return inNode(ctx, options, args)
+	case command == "vm" && len(args) > 0:
+		return inMachine(ctx, args)
 	}
 	return 0, errors.New(usage)
+}
+
+// inMachine runs a command in a virtual machine of its own.
+func inMachine(ctx context.Context, args []string) (code int, err error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return 0, err
+	}
+	return node.Machine{Source: top(dir), Dir: dir, Args: args, Output: os.Stdout}.Run(ctx)
 }
 
 // inNode runs a command in a node of its own.
@@ -134,19 +152,21 @@ func inNode(ctx context.Context, options node.Options, args []string) (code int,
 	}
 }
 
-// binds makes the module around dir and the directory of a command's file visible in the node.
-func binds(dir, command string) ([]node.Bind, error) {
-	top := dir
-	for {
+// top is the directory of the module around dir, dir itself where there is none.
+func top(dir string) string {
+	for top := dir; ; top = filepath.Dir(top) {
 		if _, err := os.Stat(filepath.Join(top, "go.mod")); err == nil {
-			break
+			return top
 		}
 		if top == "/" {
-			top = dir
-			break
+			return dir
 		}
-		top = filepath.Dir(top)
 	}
+}
+
+// binds makes the module around dir and the directory of a command's file visible in the node.
+func binds(dir, command string) ([]node.Bind, error) {
+	top := top(dir)
 	var binds []node.Bind
 	// The root of the node stays its own.
 	if top != "/" {
