@@ -25,6 +25,10 @@ bin/crishim:
 setup:
 	test/setup.sh
 
+.PHONY: setup-vm
+setup-vm:
+	test/setup.sh vm
+
 .PHONY: bin/testnode
 bin/testnode: setup
 	$(BUILD) -o $@ ./test/cmd/testnode
@@ -34,7 +38,7 @@ unit: ## the quick tests: no root, no node
 	timeout 10m $(GO) test -race $(PACKAGES)
 
 .PHONY: test
-test: setup lint build test-node test-e2e test-matrix ## all tests; as root, installs what it needs
+test: setup lint build test-node test-e2e test-vm test-matrix ## all tests; as root, installs what it needs
 
 # The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; what knows of cgroups once more
 # where there is cgroup v2 alone; and what knows of a runtime's mounts with later runtimes.
@@ -49,9 +53,16 @@ test-node: bin/testnode
 
 # Whole nodes with a kubelet, driven from the host. Go's cache of results does not know of the binary that they build: -count=1.
 .PHONY: test-e2e
-test-e2e: bin/testnode
+test-e2e: setup-vm bin/testnode
 	bin/testnode build
-	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -v /test/matrix) | test/no-skips.sh
+	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -vE '/test/(matrix|vm)$$') | test/no-skips.sh
+
+# Under systemd, in a virtual machine: the services as they are installed. Without the race detector, with which it takes far longer;
+# crishim itself has none there anyway.
+.PHONY: test-vm
+test-vm: setup-vm bin/testnode
+	bin/testnode build
+	timeout 12m $(GO) test -count=1 -v -p 1 -timeout 10m -exec '$(CURDIR)/bin/testnode vm --' ./test/vm | test/no-skips.sh
 
 # Each kind of container that docs/compatibility.md names, with runc and crun, on cgroup v1 and v2.
 .PHONY: test-matrix

@@ -1,10 +1,15 @@
 #!/bin/sh
 # Installs what tests and demo need of the machine itself, where it is missing: a C compiler, without which there is no race
-# detector, and debootstrap. Everything else is in the node's own root file system.
+# detector, and debootstrap. Everything else is in the node's own root file system. With "vm" also what the virtual machine needs:
+# QEMU and mke2fs.
 set -eu
 missing=
 command -v gcc >/dev/null || missing="$missing gcc libc6-dev"
 command -v debootstrap >/dev/null || missing="$missing debootstrap"
+if [ "${1:-}" = vm ]; then
+	command -v mke2fs >/dev/null || missing="$missing e2fsprogs"
+	command -v qemu-system-x86_64 >/dev/null || missing="$missing qemu-system-x86"
+fi
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 	echo "missing on this machine:$missing: install it, or run this as root on Debian" >&2

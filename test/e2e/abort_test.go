@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -23,99 +22,6 @@ import (
 func hold(t *testing.T, n *node.Node, dir string, checkpoint func() error) (held *node.HeldDump, ended <-chan error) {
 	t.Helper()
 	return node.HoldCheckpoint(t, n.Path(dir), n.Path(archived), checkpoint)
-}
-
-// unharmed fails the test unless, within 5 s, all of a node's workloads run untraced and thawed, no criu and no helper is left, and
-// the directory is empty.
-func unharmed(t *testing.T, n *node.Node, dir string, output func() (string, error)) {
-	t.Helper()
-	complaint := ""
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if complaint = harm(t, n, dir); complaint == "" {
-			node.WaitMore(t, output)
-			return
-		}
-	}
-	t.Error(complaint)
-}
-
-func harm(t *testing.T, n *node.Node, dir string) string {
-	t.Helper()
-	if left := listing(t, n, dir); left != "" {
-		return "left behind:\n" + left
-	}
-	processes, err := filepath.Glob(n.Path("/proc/[0-9]*"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, dir := range processes {
-		status, err := os.ReadFile(dir + "/status")
-		if err != nil {
-			continue // it has ended
-		}
-		command, _ := os.ReadFile(dir + "/cmdline")
-		name := strings.Split(string(command), "\x00")
-		switch {
-		case strings.HasSuffix(name[0], "criu"), len(name) > 1 && name[1] == "checkpoint-helper":
-			return "still runs: " + strings.Join(name, " ")
-		case !strings.HasSuffix(name[0], "workload"):
-			continue
-		case !strings.Contains(string(status), "\nTracerPid:\t0\n"):
-			return "a workload is still traced"
-		case strings.Contains(string(status), "\nState:\tT") || strings.Contains(string(status), "\nState:\tt"):
-			return "a workload is still stopped"
-		}
-		if frozen := freezer(t, dir); frozen != "" {
-			return "a workload's cgroup is frozen: " + frozen
-		}
-	}
-	return ""
-}
-
-// freezer says whether a process's cgroup is frozen, and which: of version 1 by its state, of version 2 by its events, which tell
-// of a parent's freezing too. The process's cgroups are named from the root of the test's own mount.
-func freezer(t *testing.T, process string) (frozen string) {
-	content, err := os.ReadFile(process + "/cgroup")
-	if err != nil {
-		return "" // it has ended
-	}
-	states := 0
-	for line := range strings.Lines(string(content)) {
-		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		file, thawed := "", ""
-		switch fields[1] {
-		case "freezer":
-			file, thawed = "/sys/fs/cgroup/freezer"+fields[2]+"/freezer.state", "THAWED\n"
-		case "":
-			file, thawed = unified(t)+fields[2]+"/cgroup.events", "frozen 0\n"
-		default:
-			continue
-		}
-		state, err := os.ReadFile(file)
-		if err != nil {
-			continue // it has ended, or no controller of this version is here
-		}
-		if states++; !strings.Contains(string(state), thawed) {
-			frozen = file + ": " + string(state)
-		}
-	}
-	if _, err := os.Stat(process); states == 0 && err == nil {
-		t.Errorf("no freezer of %s was found", process)
-	}
-	return frozen
-}
-
-// unified is where the host has cgroup v2.
-func unified(t *testing.T) string {
-	t.Helper()
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(mounts) == 0 {
-		return "/nowhere"
-	}
-	return mounts[0].Mountpoint
 }
 
 func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
@@ -146,7 +52,7 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 		if err := <-ended; err == nil {
 			t.Error("the checkpoint succeeded, although its client had hung up")
 		}
-		unharmed(t, n, checkpoints, output)
+		n.Unharmed(t, checkpoints, output)
 	})
 	t.Run("a deadline of 1 s", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -168,7 +74,7 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 		if held != nil {
 			held.Release()
 		}
-		unharmed(t, n, checkpoints, output)
+		n.Unharmed(t, checkpoints, output)
 	})
 	t.Run("crishim is killed", func(t *testing.T) {
 		held, ended := hold(t, n, checkpoints, func() error {
@@ -177,7 +83,7 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 		})
 		n.Daemon("crishim").Kill()
 		held.RollBack(t)
-		unharmed(t, n, checkpoints, output)
+		n.Unharmed(t, checkpoints, output)
 		if err := <-ended; err == nil {
 			t.Error("the checkpoint succeeded, although crishim was dead")
 		}
@@ -305,13 +211,13 @@ func TestRestartDuringADumpLeavesNoGap(t *testing.T) {
 			if gap := stop(); gap > 10*time.Second {
 				t.Errorf("no answer for %s", gap)
 			}
-			if got := listing(t, n, "/data"); got != test.left {
+			if got := n.Listing(t, "/data"); got != test.left {
 				t.Errorf("the directory holds\n%s", got)
 			}
 			if err := os.RemoveAll(n.Path(archived)); err != nil {
 				t.Error(err)
 			}
-			unharmed(t, n, "/data", c.Log)
+			n.Unharmed(t, "/data", c.Log)
 		})
 	}
 }
@@ -332,7 +238,7 @@ func TestContainerdIsKilled(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Errorf("the checkpoint failed: %v", err)
 		}
-		if got := listing(t, n, "/data"); got != "checkpoint.tar\n" {
+		if got := n.Listing(t, "/data"); got != "checkpoint.tar\n" {
 			t.Errorf("the directory holds\n%s", got)
 		}
 		if _, err := n.StartContainerd(t.Context()); err != nil {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -59,18 +58,4 @@ func logFile(n *node.Node, pod, name string) func() (string, error) {
 		content, err := os.ReadFile(files[0])
 		return string(content), err
 	}
-}
-
-// listing is the content of a directory of the node, an entry a line.
-func listing(t *testing.T, n *node.Node, dir string) string {
-	t.Helper()
-	entries, err := os.ReadDir(n.Path(dir))
-	if err != nil && !os.IsNotExist(err) {
-		t.Fatal(err)
-	}
-	var b strings.Builder
-	for _, entry := range entries {
-		fmt.Fprintln(&b, entry.Name())
-	}
-	return b.String()
 }

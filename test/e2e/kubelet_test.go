@@ -40,7 +40,7 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 	if stat := info.Sys().(*syscall.Stat_t); info.Mode() != 0o600 || stat.Uid != 0 || stat.Gid != 0 {
 		t.Errorf("archive is %v of %d:%d, want -rw------- of 0:0", info.Mode(), stat.Uid, stat.Gid)
 	}
-	if got, want := listing(t, n, checkpoints), filepath.Base(path)+"\n"; got != want {
+	if got, want := n.Listing(t, checkpoints), filepath.Base(path)+"\n"; got != want {
 		t.Errorf("the directory holds\n%swant\n%s", got, want)
 	}
 	after := node.WaitCount(t, before+5, podLog(t, k, "counter"))

@@ -33,8 +33,8 @@ const containerdConfig = `version = 2
   level = "info"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "` + PauseImage + `"
-  restrict_oom_score_adj = %t
-  disable_cgroup = %t
+  restrict_oom_score_adj = %[1]t
+  disable_cgroup = %[2]t
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
   [plugins."io.containerd.grpc.v1.cri".registry]
@@ -45,12 +45,12 @@ const containerdConfig = `version = 2
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-      SystemdCgroup = false
+      SystemdCgroup = %[3]t
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.crun]
       runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.crun.options]
       BinaryName = "/usr/bin/crun"
-      SystemdCgroup = false
+      SystemdCgroup = %[3]t
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.native]
       runtime_type = "io.containerd.runc.v2"
       snapshotter = "native"
@@ -215,7 +215,7 @@ func (n *Node) StartContainerd(ctx context.Context) (*Daemon, error) {
 }
 
 func (n *Node) prepareContainerd(ctx context.Context) error {
-	config := fmt.Sprintf(containerdConfig, !hasCapability(unix.CAP_SYS_RESOURCE), n.options.CgroupV2)
+	config := fmt.Sprintf(containerdConfig, !hasCapability(unix.CAP_SYS_RESOURCE), n.options.CgroupV2, n.systemd)
 	for path, content := range map[string]string{
 		"/etc/containerd/config.toml":                 config,
 		"/etc/containerd/certs.d/_default/hosts.toml": "[host.\"http://" + registryAddress + "\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
@@ -263,15 +263,19 @@ func (n *Node) startRegistry(ctx context.Context) error {
 	return nil
 }
 
-// wait calls probe until it succeeds. It gives up when the daemon ends, or when ctx is done.
+// wait calls probe until it succeeds. It gives up when the daemon ends, if it is the node's, or when ctx is done.
 func (n *Node) wait(ctx context.Context, daemon *Daemon, probe func(context.Context) error) error {
+	var ended <-chan struct{}
+	if daemon != nil {
+		ended = daemon.done
+	}
 	for {
 		err := probe(ctx)
 		if err == nil {
 			return nil
 		}
 		select {
-		case <-daemon.done:
+		case <-ended:
 			return fmt.Errorf("%s has ended: %w\n%s", daemon.name, err, n.Logs())
 		case <-ctx.Done():
 			return errors.Join(ctx.Err(), err)

@@ -77,6 +77,9 @@ func HoldCheckpoint(t testing.TB, dir, archive string, checkpoint func() error) 
 	return nil, nil
 }
 
+// Pid is criu's process id.
+func (d *HeldDump) Pid() int { return d.pid }
+
 // Release lets criu go on. It may be called more than once, also when criu has ended.
 func (d *HeldDump) Release() { _ = unix.Kill(d.pid, unix.SIGCONT) }
 

@@ -60,16 +60,25 @@ func (n *Node) StartKubelet(ctx context.Context, options KubeletOptions) (*Kubel
 	if err := n.prepareKubelet(ctx, program, options); err != nil {
 		return nil, fmt.Errorf("start kubelet: %w", err)
 	}
-	daemon, err := n.StartDaemon("kubelet", "/run/kubelet-"+options.Version, append([]string{
+	daemon, err := n.StartDaemon("kubelet", "/run/kubelet-"+options.Version, append(n.kubeletFlags(), options.Flags...)...)
+	if err != nil {
+		return nil, err
+	}
+	return n.meetKubelet(ctx, daemon)
+}
+
+func (n *Node) kubeletFlags() []string {
+	return []string{
 		"--config=/etc/kubernetes/kubelet.json",
 		"--root-dir=/var/lib/kubelet",
 		"--hostname-override=" + n.hostname,
 		"--node-ip=" + nodeAddress,
 		"--v=2",
-	}, options.Flags...)...)
-	if err != nil {
-		return nil, err
 	}
+}
+
+// meetKubelet waits until a kubelet answers that was started, by the node unless daemon is nil.
+func (n *Node) meetKubelet(ctx context.Context, daemon *Daemon) (*Kubelet, error) {
 	k := &Kubelet{Daemon: daemon, node: n, client: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return n.DialContext(ctx, network, kubeletAddress)
@@ -78,7 +87,7 @@ func (n *Node) StartKubelet(ctx context.Context, options KubeletOptions) (*Kubel
 		// A test that looks for leaked goroutines finds none.
 		DisableKeepAlives: true,
 	}}}
-	err = n.wait(ctx, daemon, func(ctx context.Context) error {
+	err := n.wait(ctx, daemon, func(ctx context.Context) error {
 		_, err := k.call(ctx, http.MethodGet, "/healthz", nil)
 		return err
 	})
@@ -97,15 +106,20 @@ func (n *Node) prepareKubelet(ctx context.Context, program string, options Kubel
 		if err := n.Bind(program, target); err != nil {
 			return err
 		}
-		// The kubelet wants an address and a default route. A bridge exists in more kernels than a dummy does.
-		_, err = n.Output(ctx, "sh", "-ec", `ip link show node0 >/dev/null 2>&1 && exit
-			ip link add node0 type bridge
-			ip addr add `+nodeAddress+`/24 dev node0
-			ip link set node0 up
-			ip route add default via 10.89.0.2`)
-		if err != nil {
-			return err
-		}
+	}
+	return n.configureKubelet(ctx, options)
+}
+
+// configureKubelet makes the network and writes the configuration of a kubelet.
+func (n *Node) configureKubelet(ctx context.Context, options KubeletOptions) error {
+	// The kubelet wants an address and a default route. A bridge exists in more kernels than a dummy does.
+	_, err := n.Output(ctx, "sh", "-ec", `ip link show node0 >/dev/null 2>&1 && exit
+		ip link add node0 type bridge
+		ip addr add `+nodeAddress+`/24 dev node0
+		ip link set node0 up
+		ip route add default via 10.89.0.2`)
+	if err != nil {
+		return err
 	}
 	config := map[string]any{
 		"apiVersion":               "kubelet.config.k8s.io/v1beta1",
@@ -127,6 +141,9 @@ func (n *Node) prepareKubelet(ctx context.Context, program string, options Kubel
 	if !hasCapability(unix.CAP_SYS_RESOURCE) {
 		config["oomScoreAdj"] = 0
 		config["maxOpenFiles"] = 20000
+	}
+	if n.systemd {
+		config["cgroupDriver"] = "systemd"
 	}
 	for key, value := range options.Config {
 		config[key] = value

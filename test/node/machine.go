@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -49,7 +50,7 @@ func (c cache) machine(ctx context.Context) (string, error) {
 type Machine struct {
 	// Source is the top of crishim's source tree, Dir the working directory, which exists in the machine, but is empty.
 	Source, Dir string
-	// Args are the command and its arguments. Where the first is the path of a file, that is the same file in the machine.
+	// Args are the command and its arguments. Where the first is a file of this host, but for what is in /usr, the machine gets a copy.
 	Args []string
 	// Output takes what the command writes to its standard streams.
 	Output io.Writer
@@ -67,6 +68,9 @@ func (m Machine) Run(ctx context.Context) (code int, err error) {
 	c, err := openCache()
 	if err != nil {
 		return 0, err
+	}
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		return 0, fmt.Errorf("start virtual machine: %w; test/setup.sh vm installs it", err)
 	}
 	boot, err := c.machine(ctx)
 	if err != nil {
@@ -144,8 +148,10 @@ func (m Machine) makeDisk(ctx context.Context, c cache, dir string) error {
 	if copies[KubeletPath], err = Tool(ctx, "kubelet-1.34"); err != nil {
 		return err
 	}
-	if info, err := os.Stat(m.Args[0]); err == nil && info.Mode().IsRegular() && !strings.HasPrefix(m.Args[0], "/usr/") {
-		copies[m.Args[0]] = m.Args[0]
+	args := slices.Clone(m.Args)
+	if info, err := os.Stat(args[0]); err == nil && info.Mode().IsRegular() && !strings.HasPrefix(args[0], "/usr/") {
+		args[0] = "/usr/local/lib/crishim-test/" + filepath.Base(args[0])
+		copies[args[0]] = m.Args[0]
 	}
 	for target, source := range copies {
 		target = filepath.Join(tree, target)
@@ -173,7 +179,7 @@ func (m Machine) makeDisk(ctx context.Context, c cache, dir string) error {
 		"tree/etc/hostname":             "machine\n",
 		"tree/etc/hosts":                "127.0.0.1 localhost machine\n",
 		"tree/etc/machine-id":           strings.Repeat("c", 32) + "\n", // with none, systemd thinks that this is the first boot
-		"tree/etc/crishim-test/command": m.command(c),
+		"tree/etc/crishim-test/command": script(c, m.Dir, args),
 		"tree" + m.Dir + "/.directory":  "",
 	}
 	for name, target := range map[string]string{
@@ -220,15 +226,15 @@ func (m Machine) entries(ctx context.Context, c cache) ([]string, error) {
 	return append(entries, pid1), err
 }
 
-// command is a script that becomes the command.
-func (m Machine) command(c cache) string {
+// script becomes the command.
+func script(c cache, dir string, args []string) string {
 	quote := func(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 	var b strings.Builder
-	b.WriteString("#!/bin/sh\ncd " + quote(m.Dir) + "\nexec env -i")
+	b.WriteString("#!/bin/sh\ncd " + quote(dir) + "\nexec env -i")
 	for _, variable := range append([]string{"CRISHIM_TEST_CACHE=" + string(c), InMachine + "=1"}, environment...) {
 		b.WriteString(" " + quote(variable))
 	}
-	for _, arg := range m.Args {
+	for _, arg := range args {
 		b.WriteString(" " + quote(arg))
 	}
 	return b.String() + "\n"

@@ -64,6 +64,8 @@ type Node struct {
 	owner   *os.File
 	process *exec.Cmd
 	pid     int
+	// systemd says that it runs containerd and kubelet, and makes their cgroups.
+	systemd bool
 
 	mu       sync.Mutex
 	daemons  []*Daemon

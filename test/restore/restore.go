@@ -86,7 +86,7 @@ func Archive(ctx context.Context, m Machine, r io.Reader, image string) (_ *Cont
 	if err != nil {
 		return nil, err
 	}
-	args := []string{c.Runtime, "restore", "--detach", "--file-locks", "--tcp-established",
+	args := []string{c.Runtime, "restore", "--detach", "--file-locks", "--tcp-established", "--manage-cgroups-mode", "ignore",
 		"--bundle", c.dir, "--image-path", c.dir + "/checkpoint", "--work-path", c.dir + "/work"}
 	if spec.Process.Terminal {
 		socket := c.dir + "/console"

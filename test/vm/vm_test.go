@@ -1,0 +1,326 @@
+// Package vm tests crishim as it is installed, with the units that it ships: under systemd, which makes the cgroups, version 2, of all
+// containers, on a machine with all capabilities. It runs in a virtual machine, see node.Machine.
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/test/node"
+	"crishim/test/restore"
+)
+
+const checkpoints = "/var/lib/kubelet/checkpoints"
+
+// TestServices goes through the life of a machine: the services are started, and each part finds what the one before has left.
+func TestServices(t *testing.T) {
+	node.RequireMachine(t)
+	n, err := node.ByItself(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(output(t, "journalctl", "--no-pager", "--output=short-monotonic", "--lines=200", "-u", "crishim.service", "-u", "kubelet.service", "-u", "containerd.service"))
+		}
+		if err := n.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	// As README.md says.
+	dropIn := "/etc/systemd/system/kubelet.service.d/20-crishim.conf"
+	if err := os.MkdirAll(filepath.Dir(dropIn), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	output(t, "cp", "/usr/local/share/crishim/kubelet-crishim.conf", dropIn)
+	systemctl(t, "daemon-reload")
+
+	for _, part := range []struct {
+		name string
+		test func(*testing.T, *node.Node)
+	}{
+		{"the socket starts the service", startBySocket},
+		{"the kubelet's checkpoint is restored", checkpointAndRestore},
+		{"a restart in mid-dump rolls it back", func(t *testing.T, n *node.Node) { restart(t, n, true) }},
+		{"a restart in mid-dump waits for it", func(t *testing.T, n *node.Node) { restart(t, n, false) }},
+	} {
+		if !t.Run(part.name, func(t *testing.T) { part.test(t, n) }) {
+			t.FailNow()
+		}
+	}
+}
+
+// startBySocket starts containerd and crishim's socket, and has a call start crishim itself.
+func startBySocket(t *testing.T, n *node.Node) {
+	systemctl(t, "start", "containerd.service")
+	output(t, "systemd-analyze", "verify", "crishim.service", "crishim.socket", "kubelet.service")
+	systemctl(t, "enable", "--now", "crishim.socket")
+	info, err := os.Stat(node.CrishimSocket)
+	if err != nil || info.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("the socket is %v, %v, want 0600", info.Mode(), err)
+	}
+	if state := property(t, "crishim.service", "ActiveState"); state != "inactive" {
+		t.Errorf("crishim.service is %s before the first call", state)
+	}
+	client, err := n.DialCRI(node.CrishimSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	version, err := client.Runtime.Version(t.Context(), &cri.VersionRequest{})
+	if err != nil || version.GetRuntimeName() != "containerd" {
+		t.Fatalf("got %v, %v by the socket, want containerd's version", version, err)
+	}
+	// A service of type notify is active once it has said that it is ready.
+	wait(t, "crishim.service to be active", func() bool { return property(t, "crishim.service", "ActiveState") == "active" })
+	if kind := property(t, "crishim.service", "Type"); kind != "notify" {
+		t.Errorf("crishim.service is of type %s, want notify", kind)
+	}
+	systemctl(t, "enable", "crishim.service")
+	systemctl(t, "is-enabled", "crishim.service", "crishim.socket")
+}
+
+// checkpointAndRestore starts the kubelet with the shipped drop-in, and has it make a checkpoint that is restored beside the original.
+func checkpointAndRestore(t *testing.T, n *node.Node) {
+	systemctl(t, "start", "kubelet.service")
+	k := kubelet(t, n)
+	runPod(t, k, node.Pod{Name: "counter"})
+	systemctl(t, "is-active", "containerd.service", "crishim.service", "crishim.socket", "kubelet.service")
+	before := node.WaitCount(t, 5, podLog(t, k, "counter"))
+	paths, err := k.Checkpoint(t.Context(), k.PodName("counter"), "counter", 0)
+	if err != nil || len(paths) != 1 {
+		t.Fatalf("got %q, %v, want one path", paths, err)
+	}
+	after := node.WaitCount(t, before+5, podLog(t, k, "counter"))
+
+	archive, err := os.Open(paths[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer archive.Close()
+	restored, err := restore.Archive(t.Context(), restore.Local(), archive, node.WorkloadImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	node.WaitCount(t, after, restored.Output)
+	text, err := restored.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := node.Counts(text)
+	if all[0] < before || all[0] > after {
+		t.Errorf("went on at %d; it was checkpointed between %d and %d", all[0], before, after)
+	}
+	for i := 1; i < len(all); i++ {
+		if all[i] != all[i-1]+1 {
+			t.Errorf("went on from %d to %d", all[i-1], all[i])
+		}
+	}
+	if err := restored.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(paths[0]); err != nil {
+		t.Fatal(err)
+	}
+	// The original has gone on all along, in a scope of systemd's.
+	n.Unharmed(t, checkpoints, podLog(t, k, "counter"))
+	if groups, err := filepath.Glob("/sys/fs/cgroup/kubepods.slice/*.slice/*.slice/cri-containerd-*.scope"); err != nil || len(groups) == 0 {
+		t.Errorf("no scope of a container, %v: who has made the cgroups?\n%s", err, output(t, "systemctl", "status", "--no-pager"))
+	}
+	if err := k.RemovePod(t.Context(), "counter"); err != nil {
+		t.Error(err)
+	}
+}
+
+// restart has systemd restart crishim while a criu is held in mid-dump, which then is rolled back, when crishim's time to wait for it is
+// over, or is let go on before.
+func restart(t *testing.T, n *node.Node, rolledBack bool) {
+	k := kubelet(t, n)
+	name := fmt.Sprintf("large-%t", rolledBack)
+	runPod(t, k, node.Pod{Name: name, Command: []string{"/bin/workload", "memory", "64"}})
+	log := logFile(k.PodName(name), name)
+	node.WaitCount(t, 0, log)
+	kubeletPid, crishimPid := property(t, "kubelet.service", "MainPID"), property(t, "crishim.service", "MainPID")
+	since := strings.TrimSpace(output(t, "date", "+@%s"))
+
+	client, err := n.DialCRI(node.CrishimSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if _, err := client.Runtime.Version(t.Context(), &cri.VersionRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	held, ended := node.HoldCheckpoint(t, checkpoints, "", func() error {
+		// Of one that was over before it could be held.
+		if err := removeArchives(); err != nil {
+			return err
+		}
+		_, err := k.Checkpoint(t.Context(), k.PodName(name), name, 0)
+		return err
+	})
+	restarted := make(chan error, 1)
+	go func() {
+		out, err := exec.Command("systemctl", "restart", "crishim.service").CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("%w: %s", err, out)
+		}
+		restarted <- err
+	}()
+	wait(t, "systemd to stop crishim", func() bool { return property(t, "crishim.service", "ActiveState") == "deactivating" })
+	if _, err := client.Runtime.Version(t.Context(), &cri.VersionRequest{}); err != nil {
+		t.Errorf("crishim no longer relays while it shuts down: %v", err)
+	}
+	if signals := pending(t, held.Pid()); signals != "" {
+		t.Errorf("signals are pending for criu, which is never to get any: %s", signals)
+	}
+	if rolledBack {
+		held.RollBack(t)
+	} else {
+		held.Release()
+	}
+	err = <-ended
+	if err := <-restarted; err != nil {
+		t.Fatal(err)
+	}
+	archives, globErr := filepath.Glob(filepath.Join(checkpoints, "*.tar"))
+	switch {
+	case globErr != nil:
+		t.Fatal(globErr)
+	case rolledBack && (err == nil || len(archives) > 0):
+		t.Errorf("the checkpoint ended with %v and %q, want a failure and no archive", err, archives)
+	case !rolledBack && (err != nil || len(archives) != 1):
+		t.Errorf("the checkpoint ended with %v and %q, want an archive", err, archives)
+	}
+	for _, path := range archives {
+		output(t, "crishim", "verify", path)
+	}
+	if err := removeArchives(); err != nil {
+		t.Fatal(err)
+	}
+	n.Unharmed(t, checkpoints, log)
+	if now := property(t, "crishim.service", "MainPID"); now == crishimPid || now == "0" {
+		t.Errorf("crishim is process %s after the restart, and was %s", now, crishimPid)
+	}
+	if now := property(t, "kubelet.service", "MainPID"); now != kubeletPid {
+		t.Errorf("the kubelet is process %s, and was %s: it has not gone on", now, kubeletPid)
+	}
+	// systemd tells of each process that it signals, but for the daemon itself.
+	if journal := output(t, "journalctl", "--no-pager", "-u", "crishim.service", "--since", since, "_PID=1"); strings.Contains(journal, "Killing process") {
+		t.Errorf("systemd has killed:\n%s", journal)
+	}
+	// It works, and the kubelet finds it.
+	checkpoint := func() bool {
+		_, err = k.Checkpoint(t.Context(), k.PodName(name), name, 0)
+		return err == nil
+	}
+	wait(t, "the next checkpoint", checkpoint)
+	if err := k.RemovePod(t.Context(), name); err != nil {
+		t.Error(err)
+	}
+	if err := removeArchives(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func removeArchives() error {
+	archives, err := filepath.Glob(filepath.Join(checkpoints, "*.tar"))
+	for _, path := range archives {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
+}
+
+func kubelet(t *testing.T, n *node.Node) *node.Kubelet {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	k, err := n.Kubelet(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func runPod(t *testing.T, k *node.Kubelet, pod node.Pod) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	if err := k.RunPod(ctx, pod); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func podLog(t *testing.T, k *node.Kubelet, name string) func() (string, error) {
+	return func() (string, error) { return k.ContainerLog(t.Context(), k.PodName(name), name) }
+}
+
+// logFile reads what a pod has written from the disk.
+func logFile(pod, name string) func() (string, error) {
+	return func() (string, error) {
+		files, err := filepath.Glob("/var/log/pods/default_" + pod + "_*/" + name + "/0.log")
+		if err != nil || len(files) != 1 {
+			return "", fmt.Errorf("log of %s: found %q, %w", pod, files, err)
+		}
+		content, err := os.ReadFile(files[0])
+		return string(content), err
+	}
+}
+
+// pending are the signals that a process will get when it runs again, empty if none.
+func pending(t *testing.T, pid int) string {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for line := range strings.Lines(string(status)) {
+		key, mask, _ := strings.Cut(strings.TrimSpace(line), ":\t")
+		if (key == "SigPnd" || key == "ShdPnd") && strings.Trim(mask, "0") != "" {
+			all = append(all, key+" "+mask)
+		}
+	}
+	return strings.Join(all, ", ")
+}
+
+func systemctl(t *testing.T, args ...string) {
+	t.Helper()
+	output(t, "systemctl", args...)
+}
+
+func property(t *testing.T, unit, name string) string {
+	t.Helper()
+	return strings.TrimSpace(output(t, "systemctl", "show", "--property="+name, "--value", unit))
+}
+
+func output(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) {
+			out = nil
+		}
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func wait(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited a minute for %s", what)
+		}
+	}
+}
