@@ -198,8 +198,11 @@ func restart(t *testing.T, n *node.Node, rolledBack bool) {
 		t.Fatal(globErr)
 	case rolledBack && (err == nil || len(archives) > 0):
 		t.Errorf("the checkpoint ended with %v and %q, want a failure and no archive", err, archives)
-	case !rolledBack && (err != nil || len(archives) != 1):
-		t.Errorf("the checkpoint ended with %v and %q, want an archive", err, archives)
+	// An emulated machine may not be done with it in the time that crishim has.
+	case !rolledBack && err != nil && (!strings.Contains(err.Error(), "crishim is shutting down") || len(archives) > 0):
+		t.Errorf("the checkpoint ended with %v and %q, want an archive, or that its time was over and none", err, archives)
+	case !rolledBack && err == nil && len(archives) != 1:
+		t.Errorf("the checkpoint ended with %q, want an archive", archives)
 	}
 	for _, path := range archives {
 		output(t, "crishim", "verify", path)
