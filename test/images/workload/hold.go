@@ -158,6 +158,7 @@ func parts() map[string]kind {
 			return func() (string, error) { return "here", nil }, nil
 		},
 		"family":  familyPart,
+		"memory":  memory,
 		"pending": pendingPart,
 		"shared":  sharedPart,
 	}

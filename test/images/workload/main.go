@@ -7,6 +7,7 @@
 //	workload hold KIND…    sets up what the kinds name, and tells their state whenever it gets SIGUSR1
 //	workload limit KIND    sets up what CRIU cannot dump, see limits.go
 //	workload pair          counts as fast as it can, in memory and in a file in step
+//	workload load …        holds what the benchmarks checkpoint, see load.go
 //	workload list DIR      lists what the kind tree makes a digest of
 //
 // The number is written to standard output, as lines "count N", and then into the file /var/count: memory, log and
@@ -49,6 +50,7 @@ func run(args []string) error {
 		"net":    network, // network.go
 		"hold":   hold,
 		"limit":  limit, // limits.go
+		"load":   load,  // load.go
 		"list":   list,
 		"pair":   pair, // pair.go
 		"part":   part, // what hold starts, see there
