@@ -75,6 +75,22 @@ compatibility: bin/testnode ## write docs/compatibility.md anew, from what the t
 	bin/testnode build
 	timeout 25m $(GO) test -count=1 -v -timeout 24m ./test/matrix -update | test/no-skips.sh
 
+# One command, every peer in the same run. Its tables and plots are what the README's figures come from.
+.PHONY: bench
+bench: bin/bench ## measure crishim beside its peers, and write docs/benchmarks; as root, takes half an hour
+	bin/bench --out docs/benchmarks bin/crishim
+	bin/plot docs/benchmarks
+
+.PHONY: bench-short
+bench-short: bin/bench ## the same with few rounds and small containers, to see that it works; writes bin/benchmarks
+	bin/bench --short --out bin/benchmarks bin/crishim
+	bin/plot bin/benchmarks
+
+.PHONY: bin/bench
+bin/bench: setup build
+	$(BUILD) -o $@ ./test/bench
+	cd test/tools/plot && $(BUILD) -o $(CURDIR)/bin/plot .
+
 .PHONY: demo
 demo: setup build ## show the main job on a real node; as root, installs what it needs
 	$(BUILD) -o bin/demo ./test/cmd/demo
