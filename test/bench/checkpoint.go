@@ -173,7 +173,7 @@ func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, only fu
 	r := &row{Shape: s, Name: s.String(), Samples: map[string][]sample{}}
 	for round := range rounds {
 		for i := range all {
-			e := all[(i+round)%len(all)]
+			e := all[turn(i, round, len(all))]
 			c := of
 			if e.podman {
 				c = podmans
@@ -188,6 +188,15 @@ func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, only fu
 		}
 	}
 	return r, nil
+}
+
+// turn is whose turn it is as the i-th of a number in a round: each round another is the first, and every other round goes backwards, so that
+// nobody always comes after the same one, whose traces in caches it would bear.
+func turn(i, round, number int) int {
+	if round%2 == 1 {
+		i = number - 1 - i
+	}
+	return (i + round) % number
 }
 
 // measure makes one checkpoint and removes it.

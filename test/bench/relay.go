@@ -114,7 +114,7 @@ func measureRelay(ctx context.Context, s settings) (_ *relayResults, err error) 
 	for round := range rounds {
 		for i, test := range []func(context.Context, *way) error{unary, unary16, list, list4, eventStream} {
 			for j := range ways {
-				w := ways[(j+round+i)%len(ways)]
+				w := ways[(turn(j, round, len(ways))+i)%len(ways)]
 				if err := test(ctx, w); err != nil {
 					return nil, fmt.Errorf("%s: %w", w.name, err)
 				}

@@ -79,6 +79,7 @@ podman's images in its graphroot.
 - %s: `+"`podman container checkpoint --leave-running --compress none --export`"+`, with the layer.
 - %s: CheckpointContainer on its socket, in front of the same containerd, with the layer.
 `, criuAlone, runcAndTar, containerd, podman, crishim)
+	line("In the plots bars are medians, and lines the middle half.\n")
 	line("![total](total.svg) ![frozen](frozen.svg) ![written](written.svg)\n")
 	for _, row := range r.Checkpoints {
 		images := median(column(row.Samples[criuAlone], size))
@@ -95,10 +96,13 @@ podman's images in its graphroot.
 				}
 				return "–"
 			}
-			line("| %s | %s | %s | %s | %s | %s | %s | %.0f | %.0f (%.0f) |", name,
+			memory := "–" // criu itself is not counted
+			if name != criuAlone {
+				memory = fmt.Sprintf("%.0f (%.0f)", median(column(s, anon))/mebi, median(column(s, resident))/mebi)
+			}
+			line("| %s | %s | %s | %s | %s | %s | %s | %.0f | %s |", name,
 				spread(column(s, total), 1, "%.2f"), spread(column(s, frozen), 1e3, "%.0f"), spread(column(s, stall), 1e3, "%.0f"),
-				over(written, images), over(onDisk, images), over(extra, median(column(s, size))), median(column(s, size))/mebi,
-				median(column(s, anon))/mebi, median(column(s, resident))/mebi)
+				over(written, images), over(onDisk, images), over(extra, median(column(s, size))), median(column(s, size))/mebi, memory)
 		}
 		line("")
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
@@ -19,7 +20,7 @@ import (
 type results struct {
 	Checkpoints []struct {
 		Name    string
-		Samples map[string][]struct{ Total, Frozen, Stall, Written, Size float64 }
+		Samples map[string][]sample
 	}
 	Scale *struct {
 		Sizes []struct {
@@ -68,12 +69,14 @@ func run(dir string) error {
 	return errors.Join(r.checkpoints(dir), r.memory(dir), r.relay(dir))
 }
 
+// sample is one checkpoint.
+type sample struct{ Total, Frozen, Stall, Written, Size float64 }
+
 // checkpoints draws each figure of an engine relative to one of CRIU alone, so that containers of all sizes fit into one plot.
 func (r results) checkpoints(dir string) error {
 	if len(r.Checkpoints) == 0 {
 		return nil
 	}
-	type sample = struct{ Total, Frozen, Stall, Written, Size float64 }
 	for _, p := range []struct {
 		name, title, axis string
 		figure, base      func(sample) float64
@@ -83,20 +86,20 @@ func (r results) checkpoints(dir string) error {
 		{"written", "Bytes written", "bytes of CRIU's images = 1", func(s sample) float64 { return s.Written }, func(s sample) float64 { return s.Size }},
 	} {
 		var groups, series []string
-		values := map[string][]float64{}
+		values := map[string][][]float64{}
 		for _, row := range r.Checkpoints {
-			groups = append(groups, row.Name)
-			base := medianOf(row.Samples[engines[0]], p.base)
+			groups = append(groups, strings.Replace(row.Name, ", ", ",\n", 1))
+			base := median(figures(row.Samples[engines[0]], 1, p.base))
 			for _, engine := range engines {
-				value := 0.0
+				var relative []float64
 				if base > 0 {
-					value = medianOf(row.Samples[engine], p.figure) / base
+					relative = figures(row.Samples[engine], base, p.figure)
 				}
-				values[engine] = append(values[engine], value)
+				values[engine] = append(values[engine], relative)
 			}
 		}
 		for _, engine := range engines {
-			if slices.Max(values[engine]) > 0 {
+			if slices.ContainsFunc(values[engine], func(samples []float64) bool { return len(samples) > 0 }) {
 				series = append(series, engine)
 			}
 		}
@@ -147,7 +150,7 @@ func (r results) relay(dir string) error {
 	}
 	const added, processor = "added to the median", "processor time"
 	var groups []string
-	values := map[string][]float64{}
+	values := map[string][][]float64{}
 	direct := 0.0
 	for _, way := range r.Relay.Ways {
 		if way.Name == "direct" {
@@ -155,32 +158,56 @@ func (r results) relay(dir string) error {
 			continue
 		}
 		groups = append(groups, way.Name)
-		values[added] = append(values[added], (median(way.Unary)-direct)*1e6)
-		values[processor] = append(values[processor], median(way.CPU)*1e6)
+		values[added] = append(values[added], figures(way.Unary, 1e-6, func(s float64) float64 { return s - direct }))
+		values[processor] = append(values[processor], figures(way.CPU, 1e-6, func(s float64) float64 { return s }))
 	}
 	return bars(filepath.Join(dir, "relay.svg"), "A call of 1 KiB through a proxy", "µs", groups, []string{added, processor}, values)
 }
 
-// bars draws a group of bars for each group, with a bar for each of the series.
-func bars(path, title, axis string, groups, series []string, values map[string][]float64) error {
+// bars draws for each group a bar for each of the series: the median, and a line over the middle half of what there is.
+func bars(path, title, axis string, groups, series []string, values map[string][][]float64) error {
+	const width = 0.13 // of the distance of two groups
 	p := plot.New()
 	p.Title.Text, p.Y.Label.Text, p.Y.Min = title, axis, 0
-	width := vg.Points(11)
-	p.Add(plotter.NewGrid())
+	inches := 2.2 * float64(len(groups))
+	grid := plotter.NewGrid()
+	grid.Vertical.Width = 0
+	p.Add(grid)
 	for i, name := range series {
-		chart, err := plotter.NewBarChart(plotter.Values(values[name]), width)
+		offset := width * (float64(i) - float64(len(series)-1)/2)
+		var medians plotter.Values
+		var spread struct {
+			plotter.XYs
+			plotter.YErrors
+		}
+		for group, samples := range values[name] {
+			middle := median(samples)
+			medians = append(medians, middle)
+			if len(samples) == 0 {
+				continue
+			}
+			sorted := slices.Sorted(slices.Values(samples))
+			low, high := sorted[len(sorted)/4], sorted[len(sorted)-1-len(sorted)/4]
+			spread.XYs = append(spread.XYs, plotter.XY{X: float64(group) + offset, Y: middle})
+			spread.YErrors = append(spread.YErrors, struct{ Low, High float64 }{middle - low, high - middle})
+		}
+		chart, err := plotter.NewBarChart(medians, vg.Length(width*inches*0.85/float64(len(groups)))*vg.Inch)
 		if err != nil {
 			return err
 		}
-		chart.Color, chart.LineStyle.Width = colors[i%len(colors)], 0
-		chart.Offset = width * vg.Length(float64(i)-float64(len(series)-1)/2)
-		p.Add(chart)
+		chart.Color, chart.LineStyle.Width, chart.XMin = colors[i%len(colors)], 0, offset
+		lines, err := plotter.NewYErrorBars(spread)
+		if err != nil {
+			return err
+		}
+		p.Add(chart, lines)
 		p.Legend.Add(name, chart)
 	}
 	p.Legend.Top = true
-	p.Y.Max *= 1.35 // room for the legend
 	p.NominalX(groups...)
-	return save(p, 2*float64(len(groups)), path)
+	p.X.Min, p.X.Max = -0.5, float64(len(groups))-0.5
+	p.Y.Max *= 1.4 // room for the legend
+	return save(p, inches, path)
 }
 
 func save(p *plot.Plot, inches float64, path string) error {
@@ -191,12 +218,13 @@ func save(p *plot.Plot, inches float64, path string) error {
 	return nil
 }
 
-func medianOf[S any](samples []S, of func(S) float64) float64 {
+// figures takes one figure of each sample, in a unit.
+func figures[S any](samples []S, unit float64, of func(S) float64) []float64 {
 	var values []float64
 	for _, s := range samples {
-		values = append(values, of(s))
+		values = append(values, of(s)/unit)
 	}
-	return median(values)
+	return values
 }
 
 func median(values []float64) float64 {
