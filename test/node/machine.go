@@ -149,9 +149,12 @@ func (m Machine) makeDisk(ctx context.Context, c cache, dir string) error {
 		return err
 	}
 	args := slices.Clone(m.Args)
-	if info, err := os.Stat(args[0]); err == nil && info.Mode().IsRegular() && !strings.HasPrefix(args[0], "/usr/") {
-		args[0] = "/usr/local/lib/crishim-test/" + filepath.Base(args[0])
-		copies[args[0]] = m.Args[0]
+	// Where /bin is a link to /usr/bin, it is one in the machine, too.
+	if program, err := filepath.EvalSymlinks(args[0]); err == nil && !strings.HasPrefix(program, "/usr/") {
+		if info, err := os.Stat(program); err == nil && info.Mode().IsRegular() {
+			args[0] = "/usr/local/lib/crishim-test/" + filepath.Base(program)
+			copies[args[0]] = program
+		}
 	}
 	for target, source := range copies {
 		target = filepath.Join(tree, target)
