@@ -86,7 +86,7 @@ func Archive(ctx context.Context, m Machine, r io.Reader, image string) (_ *Cont
 	if err != nil {
 		return nil, err
 	}
-	args := []string{c.Runtime, "restore", "--detach", "--file-locks", "--tcp-established", "--manage-cgroups-mode", "ignore",
+	args := []string{c.Runtime, "restore", "--detach", "--file-locks", "--tcp-established",
 		"--bundle", c.dir, "--image-path", c.dir + "/checkpoint", "--work-path", c.dir + "/work"}
 	if spec.Process.Terminal {
 		socket := c.dir + "/console"
@@ -272,6 +272,9 @@ func (c *Container) makeSpec(ctx context.Context) (*specs.Spec, error) {
 	}
 	spec.Root.Path = c.dir + "/rootfs"
 	spec.Linux.CgroupsPath = "/" + c.ID
+	if err := c.keepCgroup(&spec); err != nil {
+		return nil, err
+	}
 	for i, bind := range binds {
 		source, ok := c.machine.Volumes[bind.Destination]
 		if bind.Source == shm {
@@ -319,6 +322,21 @@ func (c *Container) makeSpec(ctx context.Context) (*specs.Spec, error) {
 		return nil, err
 	}
 	return &spec, os.WriteFile(c.machine.Path(c.dir+"/config.json"), content, 0o600)
+}
+
+// keepCgroup has CRIU put the container, on cgroup v2, into the cgroup that the runtime makes for it. runc 1.1 leaves CRIU to make
+// one at the path that was dumped instead, below a parent that gives it no controllers: a file that a process had open there is then
+// missing, such as cpu.max, which Go programs hold open. crun and, on cgroup v1, runc pass this option themselves.
+func (c *Container) keepCgroup(spec *specs.Spec) error {
+	if _, err := os.Stat(c.machine.Path("/sys/fs/cgroup/cgroup.controllers")); err != nil {
+		return nil // version 1
+	}
+	options := c.dir + "/criu.conf"
+	if spec.Annotations == nil {
+		spec.Annotations = map[string]string{}
+	}
+	spec.Annotations["org.criu.config"] = options
+	return os.WriteFile(c.machine.Path(options), []byte("cgroup-root "+spec.Linux.CgroupsPath+"\n"), 0o600)
 }
 
 func (c *Container) netns() string { return c.dir + "/netns" }
