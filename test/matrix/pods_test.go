@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 
-	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"crishim/test/node"
@@ -13,11 +12,7 @@ import (
 
 func podRows() []row {
 	return []row{
-		{name: "resized in place", what: "another limit of memory than at the start", kinds: []string{"threads=2"}, during: resize, after: resized,
-			limits: []limit{{
-				step: starting, cgroup: "v2", unless: memoryController(),
-				reason: "Where the host has cgroup v1, its controllers are not there in the hierarchy of version 2.", text: "update container",
-			}}},
+		{name: "resized in place", what: "another limit of memory than at the start", kinds: []string{"threads=2"}, during: resize, after: resized, machine: true},
 	}
 }
 
@@ -53,25 +48,23 @@ func resize(ctx context.Context, s *site, c *node.Container) (func() error, erro
 	return nil, nil
 }
 
-// resized finds the limit at the restored container's cgroup. It has to be looked for on the machine: on v1, the container sees the
+// resized finds the limit at the restored container's cgroup. On v1 it has to be looked for on the machine: the container sees the
 // hierarchy that its pod had.
 func resized(ctx context.Context, restored instance) error {
 	out, err := restored.exec(ctx, "/bin/cat", "/proc/self/cgroup")
 	if err != nil {
 		return err
 	}
-	file := ""
+	look, file := restored.exec, "/sys/fs/cgroup/memory.max"
 	for line := range strings.Lines(out) {
-		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		switch {
-		case len(fields) != 3:
-		case fields[1] == "memory":
+		if fields := strings.SplitN(strings.TrimSpace(line), ":", 3); len(fields) == 3 && fields[1] == "memory" {
 			file = "/sys/fs/cgroup/memory" + fields[2] + "/memory.limit_in_bytes"
-		case fields[0] == "0" && file == "":
-			file = "/sys/fs/cgroup" + fields[2] + "/memory.max"
+			look = func(ctx context.Context, command ...string) (string, error) {
+				return restored.machine(ctx, command[0], command[1:]...)
+			}
 		}
 	}
-	limit, err := restored.machine(ctx, "cat", file)
+	limit, err := look(ctx, "/bin/cat", file)
 	if err != nil {
 		return err
 	}
@@ -79,11 +72,4 @@ func resized(ctx context.Context, restored instance) error {
 		return fmt.Errorf("%s is %s, want %d", file, got, resizedTo)
 	}
 	return nil
-}
-
-// memoryController is whether cgroup v2 has the controller for memory.
-func memoryController() *condition {
-	var st unix.Statfs_t
-	err := unix.Statfs("/sys/fs/cgroup", &st)
-	return &condition{"cgroup v2 alone", err == nil && st.Type == unix.CGROUP2_SUPER_MAGIC}
 }

@@ -30,6 +30,8 @@ type row struct {
 	after func(ctx context.Context, restored instance) error
 	// alone says that no other row is to run at the same time: it needs much memory, or much of the disk.
 	alone bool
+	// machine says that on cgroup v2 it runs in a virtual machine, see node.Machine: it needs what few others have.
+	machine bool
 	// limits are why it cannot be started, dumped or restored, if so.
 	limits []limit
 	// program is what runs in place of the workload. It may be nil.
@@ -74,6 +76,9 @@ type condition struct {
 	name string
 	met  bool
 }
+
+// inMachine says whether a row runs in the virtual machine on a version of cgroups.
+func (r row) inMachine(cgroup string) bool { return r.machine && cgroup == "v2" }
 
 func (r row) image() string {
 	if r.program != nil {

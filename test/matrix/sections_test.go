@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -46,17 +47,49 @@ func processRows() []row {
 		{name: "mapped files", what: "files mapped privately and shared, with changes", kinds: []string{"mapped-private", "mapped-shared"}},
 		{name: "memfd", what: "a sealed memory file, open and mapped", kinds: []string{"memfd"}},
 		{name: "protections", what: "memory of every protection, locked memory, advice about memory", kinds: []string{"protections"}},
-		{name: "huge pages", what: "memory in pages of 2 MiB", kinds: []string{"hugetlb=4"}, limits: []limit{{
-			step: starting, unless: hugePages(), reason: "No huge pages are reserved (vm.nr_hugepages): there is nothing to checkpoint.",
+		{name: "huge pages", what: "memory in pages of 2 MiB", kinds: []string{"hugetlb=4"}, machine: true, limits: []limit{{
+			step: starting, cgroup: "v1", unless: hugePages(), reason: "No huge pages are reserved (vm.nr_hugepages): there is nothing to checkpoint.",
 			text: "map huge pages: cannot allocate memory",
 		}}},
-		{name: "swapped memory", what: "16 MiB that are swapped out at the dump", kinds: []string{"swapped=16"}, limits: []limit{{
-			step: starting, unless: swap(), reason: "Nothing can be swapped out: there is nothing to checkpoint.", text: "nothing was swapped out",
+		{name: "swapped memory", what: "16 MiB that are swapped out at the dump", kinds: []string{"swapped=16"}, machine: true, limits: []limit{{
+			step: starting, cgroup: "v1", unless: swap(), reason: "Nothing can be swapped out: there is nothing to checkpoint.", text: "nothing was swapped out",
 		}}},
+		{name: "memory limit", what: "16 MiB, and the rest of its 48 MiB are page cache", kinds: []string{"memory=16"}, machine: true, during: fillMemory,
+			container: func(c *cri.ContainerConfig) {
+				c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: memoryLimit}
+			}},
 		{name: "timers", what: "setitimer and timer_create: armed for an hour, and ticking", kinds: []string{"timers"}},
 		{name: "alarm", what: "setitimer without an interval", kinds: []string{"alarm"}},
 		{name: "signals", what: "pending ones, queued with values; blocked, caught and ignored ones", kinds: []string{"pending", "dispositions"}},
 	}
+}
+
+const memoryLimit = 48 << 20
+
+// fillMemory has a container reach its limit. The end of the dump finds that nothing was killed.
+func fillMemory(ctx context.Context, _ *site, c *node.Container) (end func() error, err error) {
+	if _, err := c.Exec(ctx, "/bin/dd", "if=/dev/zero", "of=/tmp/cached", "bs=64k", "count=768"); err != nil {
+		return nil, err
+	}
+	const either = "cat /sys/fs/cgroup/%s 2>/dev/null || cat /sys/fs/cgroup/memory/%s"
+	text, err := c.Exec(ctx, "/bin/sh", "-c", fmt.Sprintf(either, "memory.current", "memory.usage_in_bytes"))
+	if err != nil {
+		return nil, err
+	}
+	usage, err := strconv.Atoi(strings.TrimSpace(text))
+	if err != nil {
+		return nil, fmt.Errorf("parse the container's use of memory: %w", err)
+	}
+	if usage < memoryLimit-4<<20 {
+		return nil, fmt.Errorf("the container uses %d of %d bytes: it is not at its limit", usage, memoryLimit)
+	}
+	return func() error {
+		text, err := c.Exec(ctx, "/bin/sh", "-c", fmt.Sprintf(either, "memory.events", "memory.oom_control"))
+		if err == nil && !strings.Contains(text, "oom_kill 0\n") {
+			err = fmt.Errorf("the kernel has killed for want of memory: %s", text)
+		}
+		return err
+	}, nil
 }
 
 func descriptorRows() []row {
@@ -106,7 +139,10 @@ func securityRows() []row {
 		})},
 		{name: "user 1000", what: "with groups", kinds: []string{"identity"}, container: security(func(s *cri.LinuxContainerSecurityContext) {
 			s.RunAsUser, s.RunAsGroup, s.SupplementalGroups = &cri.Int64Value{Value: 1000}, &cri.Int64Value{Value: 1001}, []int64{2000, 2001}
-		}), limits: []limit{otherUser()}},
+		}), machine: true, limits: []limit{otherUser()}},
+		{name: "sockets of user 1000", what: "TCP, UDP and unix sockets", kinds: []string{"tcp", "udp", "unix"}, container: security(func(s *cri.LinuxContainerSecurityContext) {
+			s.RunAsUser = &cri.Int64Value{Value: 1000}
+		}), machine: true, limits: []limit{otherUser()}},
 		{name: "restricted pod", what: "user 1000, no capabilities, no_new_privs, seccomp, masked paths, read-only root",
 			kinds: []string{"identity", "denied=write,unshare"}, container: security(func(s *cri.LinuxContainerSecurityContext) {
 				s.RunAsUser, s.RunAsGroup = &cri.Int64Value{Value: 1000}, &cri.Int64Value{Value: 1000}
@@ -114,7 +150,7 @@ func securityRows() []row {
 				s.NoNewPrivs, s.ReadonlyRootfs = true, true
 				s.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_RuntimeDefault}
 				s.MaskedPaths, s.ReadonlyPaths = maskedPaths, readonlyPaths
-			}), limits: []limit{otherUser()}},
+			}), machine: true, limits: []limit{otherUser()}},
 		{name: "read-only root file system", what: "readOnlyRootFilesystem: true", kinds: []string{"denied=write", "mounts"}, container: security(func(s *cri.LinuxContainerSecurityContext) {
 			s.ReadonlyRootfs = true
 		})},
@@ -348,7 +384,7 @@ func otherUser() limit {
 	var sets [2]unix.CapUserData
 	err := unix.Capget(&header, &sets[0])
 	return limit{
-		step:   dumping,
+		step: dumping, cgroup: "v1",
 		unless: &condition{"CAP_SYS_RESOURCE", err == nil && sets[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0},
 		reason: "Where the machine does not have this capability, CRIU cannot read the resource limits of another user's process.",
 		text:   "without CAP_SYS_RESOURCE, which this machine lacks, only processes of root can be dumped",

@@ -43,7 +43,7 @@ func unixSockets(string) (func() (string, error), error) {
 			return fmt.Sprintf("type %d with %s, back %s", size, waiting, back), err
 		})
 	}
-	for _, name := range []string{"/var/socket", "@abstract"} {
+	for _, name := range []string{"/tmp/socket", "@abstract"} {
 		listener, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return nil, err
