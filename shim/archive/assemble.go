@@ -64,6 +64,8 @@ func (s *Staging) assemble(ctx context.Context, options Options, progress func(w
 	if err := options.Validate(); err != nil {
 		return err
 	}
+	heads := s.ahead.end()
+	defer func() { closeHeads(heads) }()
 	if s.archive != nil {
 		return fmt.Errorf("%s is there already", archiveName)
 	}
@@ -86,7 +88,10 @@ func (s *Staging) assemble(ctx context.Context, options Options, progress func(w
 	defer background.Wait()
 	defer cancel()
 	if digests {
-		a.sums = startSums(ctx, &background, a.entries)
+		a.sums = startSums(ctx, &background, a.entries, heads)
+		// Room is given back only when nobody has a file open.
+		closeHeads(heads)
+		heads = nil
 	}
 	if options.Compression == Zstd {
 		return s.create(func(f *os.File) error {
@@ -295,7 +300,7 @@ func (a *assembly) member(ctx context.Context, out output, m member) (digest str
 	}
 	sum := a.sums[m.name]
 	if a.sums != nil && sum == nil { // a small one
-		sum = newSum(m)
+		sum = newSum(m, nil)
 		sum.compute(ctx, m)
 	}
 	if err := out.member(ctx, m, sum); err != nil {

@@ -150,17 +150,18 @@ const sumWorkers = 4
 // cache, and the mover is free to let the kernel do its work.
 type sum struct {
 	chunks chan struct{} // one for each copyChunk that was read; closed at the end
+	head   *head         // what has been read before; nil for nothing
 	digest string        // of use when chunks is closed
 	err    error
 }
 
-func newSum(m member) *sum {
-	return &sum{chunks: make(chan struct{}, m.size/copyChunk)} // elements without size take no room
+func newSum(m member, head *head) *sum {
+	return &sum{chunks: make(chan struct{}, m.size/copyChunk), head: head} // elements without size take no room
 }
 
 // startSums begins to compute the digests of the big members among entries, the staged file that insert
-// takes first: it waits for it. They end with ctx, and done counts what must end before the caller returns.
-func startSums(ctx context.Context, done *sync.WaitGroup, entries []entry) map[string]*sum {
+// takes first: it waits for it. What is in heads is not read again. They end with ctx, and done counts what must end before the caller returns.
+func startSums(ctx context.Context, done *sync.WaitGroup, entries []entry, heads []*head) map[string]*sum {
 	sums := map[string]*sum{}
 	var order []member
 	if base := largestStaged(entries); base != nil {
@@ -174,7 +175,7 @@ func startSums(ctx context.Context, done *sync.WaitGroup, entries []entry) map[s
 	queue := make(chan member, len(order))
 	for _, m := range order {
 		if sums[m.name] == nil {
-			sums[m.name] = newSum(m)
+			sums[m.name] = newSum(m, headOf(heads, m))
 			queue <- m
 		}
 	}
@@ -213,9 +214,15 @@ func (s *sum) read(ctx context.Context, m member) (string, error) {
 		return "", err
 	}
 	defer src.Close()
-	hash := sha256.New()
+	hash, read := sha256.New(), int64(0)
+	if s.head != nil {
+		hash, read = s.head.hash, s.head.read
+		pieces[0].Offset, pieces[0].Length = read, m.size-read
+	}
+	for range read / copyChunk {
+		s.chunks <- struct{}{}
+	}
 	buffer := make([]byte, min(m.size, 256<<10))
-	read := int64(0)
 	for _, piece := range pieces {
 		for done := int64(0); done < piece.Length; {
 			if ctx.Err() != nil {

@@ -32,6 +32,7 @@ type Staging struct {
 	composed map[string][]Segment // by the member's name
 	archive  *os.File             // nil before Assemble has succeeded
 	removed  bool
+	ahead    *ahead // nil unless Follow was called
 }
 
 // Segment is a piece of an open file, in bytes.
@@ -265,6 +266,7 @@ func (s *Staging) Remove() error {
 	if s.removed {
 		return nil
 	}
+	closeHeads(s.ahead.end())
 	for _, f := range []*os.File{s.archive, s.images, s.dir} {
 		if f != nil {
 			f.Close() // twice is harmless

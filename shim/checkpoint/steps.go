@@ -65,6 +65,9 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	}
 
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_DUMP})
+	if job.GetDigest() != archive.None {
+		staging.Follow(ctx)
+	}
 	var captured []string
 	if job.GetContainer().GetShm() {
 		captured = []string{shmDir}

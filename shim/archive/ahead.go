@@ -1,0 +1,164 @@
+package archive
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"hash"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ahead computes digests of files while they are still being written: when the last byte is there, most of the work is done. Whatever it
+// could not do is left to Assemble, so that an error is no error yet.
+//
+// It relies on what CRIU does: images of memory are written from their beginning to their end, and not changed after.
+type ahead struct {
+	stop  context.CancelFunc
+	done  chan struct{}
+	heads []*head // after done
+}
+
+// head is the beginning of a file that has been read.
+type head struct {
+	file *os.File // holds the inode, so that no other file has its number
+	hash hash.Hash
+	read int64
+}
+
+// Follow begins to compute the digests of what is being written into Images, with the processor time that nobody else wants: the tasks that
+// are dumped stand still meanwhile. Assemble, or Remove, ends it.
+func (s *Staging) Follow(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	a := &ahead{stop: cancel, done: make(chan struct{})}
+	s.ahead = a
+	go func() {
+		defer close(a.done)
+		runtime.LockOSThread()
+		normal, err := beIdle()
+		if err != nil {
+			return // locked: the thread ends, in whatever class it is
+		}
+		a.follow(ctx, s.images)
+		if unix.SchedSetAttr(0, normal, 0) == nil {
+			runtime.UnlockOSThread()
+		}
+	}()
+}
+
+// beIdle puts the calling thread into SCHED_IDLE (Linux 2.6.23), and returns what it was before.
+func beIdle() (before *unix.SchedAttr, err error) {
+	if before, err = unix.SchedGetAttr(0, 0); err != nil {
+		return nil, err
+	}
+	return before, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}, 0)
+}
+
+// end ends the following and returns the heads, whose files are then the caller's. It may be called on nil, and again.
+func (a *ahead) end() []*head {
+	if a == nil {
+		return nil
+	}
+	a.stop()
+	<-a.done
+	heads := a.heads
+	a.heads = nil
+	return heads
+}
+
+func (a *ahead) follow(ctx context.Context, images *os.File) {
+	const pause = 5 * time.Millisecond // CRIU writes some megabytes meanwhile
+	known := map[string]*head{}
+	buffer := make([]byte, 256<<10)
+	for ctx.Err() == nil {
+		a.look(images, known)
+		read := false
+		for _, h := range known {
+			read = h.advance(ctx, buffer) || read
+		}
+		if read {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+	}
+	for _, h := range known {
+		a.heads = append(a.heads, h)
+	}
+}
+
+// look finds images of memory that are new, and lets go of those that are gone, as when a dump is begun anew.
+func (a *ahead) look(images *os.File, known map[string]*head) {
+	again, err := openAt(images, ".", unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return
+	}
+	defer again.Close()
+	names, err := again.Readdirnames(-1)
+	if err != nil {
+		return
+	}
+	for name, h := range known {
+		var st unix.Stat_t
+		if unix.Fstat(int(h.file.Fd()), &st) != nil || st.Nlink == 0 {
+			h.file.Close()
+			delete(known, name)
+		}
+	}
+	for _, name := range names {
+		if pages, _ := filepath.Match("pages-*.img", name); !pages || known[name] != nil {
+			continue
+		}
+		if f, err := openAt(images, name, unix.O_RDONLY); err == nil {
+			known[name] = &head{file: f, hash: sha256.New()}
+		}
+	}
+}
+
+// advance reads on, to the end that the file has now or for a chunk's length, and says whether there was something.
+func (h *head) advance(ctx context.Context, buffer []byte) bool {
+	before := h.read
+	for h.read < before+copyChunk && ctx.Err() == nil {
+		n, err := h.file.ReadAt(buffer, h.read)
+		h.hash.Write(buffer[:n])
+		h.read += int64(n)
+		if err != nil { // the end, for now; anything else Assemble will meet
+			if !errors.Is(err, io.EOF) {
+				return false
+			}
+			break
+		}
+	}
+	return h.read > before
+}
+
+func closeHeads(heads []*head) {
+	for _, h := range heads {
+		h.file.Close()
+	}
+}
+
+// headOf returns the head of a member's file, nil if there is none.
+func headOf(heads []*head, m member) *head {
+	if m.composed || len(heads) == 0 {
+		return nil
+	}
+	var st unix.Stat_t
+	if unix.Fstatat(int(m.dir.Fd()), m.base, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
+		return nil
+	}
+	for _, h := range heads {
+		var followed unix.Stat_t
+		if unix.Fstat(int(h.file.Fd()), &followed) == nil && followed.Dev == st.Dev && followed.Ino == st.Ino && h.read <= m.size {
+			return h
+		}
+	}
+	return nil
+}
