@@ -16,7 +16,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -185,8 +184,8 @@ func killedBy(err error) syscall.Signal {
 func (d Dump) repair(ctx context.Context, killed syscall.Signal, begin time.Time) error {
 	done, err := d.Container.Leftovers(begin, filepath.Join(d.Work.Name(), LogFile)).Remove(context.WithoutCancel(ctx))
 	repaired := ""
-	if len(done) > 0 {
-		repaired = "crishim " + strings.Join(done, ", ") + "; "
+	if done != "" {
+		repaired = "crishim " + done + "; "
 	}
 	if err != nil {
 		return fmt.Errorf("criu was killed in mid-dump (%s): %snot everything could be put right: %w", killed, repaired, err)

@@ -2,10 +2,14 @@ package criu
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // On cgroup v1, ptrace(2) waits for a process that is stopped (SIGSTOP, a shell's Ctrl-Z) and frozen until it is thawed, and no
@@ -47,8 +51,23 @@ func hasStopped(cgroup string) (bool, error) {
 
 // thaw gives a criu that waits for a process which was stopped after the look the chance to go on. Where criu has
 // seized the tasks, they are thawed already.
-func (c Container) thaw() {
-	if state, err := os.ReadFile(c.stateFile()); err == nil && !bytes.HasPrefix(state, []byte("THAWED")) {
-		_ = os.WriteFile(c.stateFile(), []byte("THAWED"), 0)
+func (c Container) thaw() { _, _ = thaw(c.stateFile(), thawedV1) }
+
+// What the files say when a cgroup is thawed: freezer.state of v1, which may also say FREEZING, and cgroup.freeze of v2.
+const thawedV1, thawedV2 = "THAWED", "0"
+
+// thaw writes to a freezer's file what stands for thawed, unless it says so. It tells whether it did. That there is no such file, of a
+// cgroup that has been removed or is of the other version, is no error.
+func thaw(file, thawed string) (bool, error) {
+	state, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || err == nil && string(bytes.TrimSpace(state)) == thawed {
+		return false, nil
 	}
+	if err == nil {
+		err = os.WriteFile(file, []byte(thawed), 0)
+	}
+	if err != nil {
+		return false, fmt.Errorf("thaw cgroup: %w", err)
+	}
+	return true, nil
 }

@@ -40,23 +40,24 @@ type Leftovers struct {
 	Since time.Time
 }
 
-// Remove undoes what there is, and says what it has done in words for people. It may be called more than once, and while the
+// Remove undoes what there is, and says what it has done in words for people, none if it had nothing to do. It may be called more than once, and while the
 // container runs; not while a criu is at work on it. What is gone, such as the cgroup of a container that has ended, needs nothing.
 // It does as much as it can: an error does not keep it from the rest.
-func (l Leftovers) Remove(ctx context.Context) (done []string, err error) {
+func (l Leftovers) Remove(ctx context.Context) (done string, err error) {
+	var all []string
 	thawed, thawErr := l.thaw() // first: the container stands still
 	if thawed {
-		done = append(done, "thawed its cgroup")
+		all = append(all, "thawed its cgroup")
 	}
 	unlocked, unlockErr := l.unlock(ctx)
 	if unlocked {
-		done = append(done, "unlocked its network")
+		all = append(all, "unlocked its network")
 	}
 	removed, removeErr := l.removeLinks(ctx)
 	if removed > 0 {
-		done = append(done, fmt.Sprintf("removed %d names of deleted files", removed))
+		all = append(all, fmt.Sprintf("removed %d names of deleted files", removed))
 	}
-	return done, errors.Join(thawErr, unlockErr, removeErr)
+	return strings.Join(all, ", "), errors.Join(thawErr, unlockErr, removeErr)
 }
 
 // thaw thaws the cgroup, of either version, if it is frozen.
@@ -64,27 +65,11 @@ func (l Leftovers) thaw() (bool, error) {
 	if l.Freezer == "" {
 		return false, nil
 	}
-	for _, freezer := range []struct{ file, thawed string }{
-		{"freezer.state", "THAWED"}, // v1; FREEZING is not thawed either
-		{"cgroup.freeze", "0"},      // v2
-	} {
-		path := filepath.Join(l.Freezer, freezer.file)
-		state, err := os.ReadFile(path)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-			continue // the other version, or the cgroup has been removed
-		}
-		if err == nil && string(bytes.TrimSpace(state)) == freezer.thawed {
-			return false, nil
-		}
-		if err == nil {
-			err = os.WriteFile(path, []byte(freezer.thawed), 0)
-		}
-		if err != nil {
-			return false, fmt.Errorf("thaw cgroup: %w", err)
-		}
-		return true, nil
+	v1, err := thaw(filepath.Join(l.Freezer, "freezer.state"), thawedV1)
+	if v1 || err != nil {
+		return v1, err
 	}
-	return false, nil
+	return thaw(filepath.Join(l.Freezer, "cgroup.freeze"), thawedV2)
 }
 
 // unlock removes CRIU's locks of the network, of whichever kind.

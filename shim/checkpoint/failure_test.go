@@ -41,14 +41,8 @@ func unharmed(t *testing.T, c *node.Container, location string) {
 	if left := listing(t, filepath.Dir(location)); left != "" {
 		t.Errorf("left behind:\n%s", left)
 	}
-	children, err := filepath.Glob("/proc/[0-9]*/comm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, comm := range children {
-		if name, _ := os.ReadFile(comm); strings.TrimSpace(string(name)) == "criu" {
-			t.Errorf("criu still runs: %s", comm)
-		}
+	for _, pid := range criuProcesses(t) {
+		t.Errorf("criu still runs: process %d", pid)
 	}
 }
 

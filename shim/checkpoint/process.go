@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -99,7 +98,7 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, begin time.Time, phase crishimv1.Ph
 	}
 	state := "it was not at work on the container"
 	switch {
-	case found && len(done) == 0:
+	case found && done == "":
 		state = "criu was told to roll back and has ended; " + runs
 	case found, phase == crishimv1.Phase_PHASE_DUMP, phase == crishimv1.Phase_PHASE_CAPTURE:
 		// Nobody tells how a criu has ended that was not our child.
@@ -109,8 +108,8 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, begin time.Time, phase crishimv1.Ph
 	case phase == crishimv1.Phase_PHASE_ASSEMBLE:
 		state = runs
 	}
-	if len(done) > 0 {
-		state = "crishim " + strings.Join(done, ", ") + "; " + state
+	if done != "" {
+		state = "crishim " + done + "; " + state
 	}
 	err = errors.Join(err, archive.Discard(job.GetLocation(), job.GetStaging()))
 	if err != nil {
