@@ -33,14 +33,18 @@ func verify(ctx context.Context, file *os.File, look archive.Look) (*verified, e
 	if err != nil {
 		return nil, err
 	}
-	sum, plainSum := sha256.New(), sha256.New()
-	whole := io.TeeReader(file, sum)
-	plain, compressed, err := archive.Decompress(whole)
+	sum := sha256.New()
+	decompressed, compressed, err := archive.Decompress(io.TeeReader(file, sum))
 	if err != nil {
 		return nil, err
 	}
-	defer plain.Close()
-	report, err := archive.Verify(ctx, io.TeeReader(plain, plainSum), look)
+	defer decompressed.Close()
+	plainSum, plain := sum, io.Reader(decompressed)
+	if compressed {
+		plainSum = sha256.New()
+		plain = io.TeeReader(decompressed, plainSum)
+	}
+	report, err := archive.Verify(ctx, plain, look)
 	if err != nil {
 		return nil, err
 	}
