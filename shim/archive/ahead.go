@@ -76,7 +76,7 @@ func (a *ahead) follow(ctx context.Context, images *os.File) {
 	known := map[string]*head{}
 	buffer := make([]byte, 256<<10)
 	for ctx.Err() == nil {
-		a.look(images, known)
+		look(images, known)
 		read := false
 		for _, h := range known {
 			read = h.advance(ctx, buffer) || read
@@ -95,7 +95,7 @@ func (a *ahead) follow(ctx context.Context, images *os.File) {
 }
 
 // look finds images of memory that are new, and lets go of those that are gone, as when a dump is begun anew.
-func (a *ahead) look(images *os.File, known map[string]*head) {
+func look(images *os.File, known map[string]*head) {
 	again, err := openAt(images, ".", unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return
@@ -129,7 +129,7 @@ func (h *head) advance(ctx context.Context, buffer []byte) bool {
 		n, err := h.file.ReadAt(buffer, h.read)
 		h.hash.Write(buffer[:n])
 		h.read += int64(n)
-		if err != nil { // the end, for now; anything else Assemble will meet
+		if err != nil { // the end that it has yet; anything else Assemble will meet
 			if !errors.Is(err, io.EOF) {
 				return false
 			}
