@@ -28,7 +28,7 @@ func BenchmarkSmallFiles(b *testing.B) {
 	}
 	defer upper.Close()
 	for b.Loop() {
-		if err := Diff(b.Context(), io.Discard, Layer{Upper: upper, Merged: upper}, func(string) error { return nil }); err != nil {
+		if err := diff(b.Context(), io.Discard, Layer{Upper: upper, Merged: upper}, func(string) error { return nil }); err != nil {
 			b.Fatal(err)
 		}
 	}

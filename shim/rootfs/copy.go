@@ -10,15 +10,41 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Copy is the diff of a layer made in two passes: one while the container runs,
-// which copies all that has been at rest for a while, and one while it stands
-// still, which copies the rest and looks whether what was copied is still the same.
-// The result is what one pass would have made in the second's place, byte for byte.
+// Copy makes the diff of a layer: the changes that it holds, as an uncompressed OCI
+// layer. Deleted names become whiteouts (.wh.NAME), replaced directories get an opaque
+// marker (.wh..wh..opq).
+//
+// It does so in two passes: one while the container runs, which copies all that has
+// been at rest for a while, and one while it stands still, which copies the rest and
+// looks whether what was copied is still the same. The result is what the second pass
+// would have made by itself, byte for byte.
 //
 // Same means the same inode with the same ctime, size, owner and mode. The kernel
 // sets ctime at each change, but for those through a mapping of the file. So what is
 // mapped when either pass begins is copied in the second, and so is what changed less than settled
 // before the first. File systems of which this is not known are copied in the second pass alone.
+//
+// The entries keep type, mode, numeric owner, modification time in nanoseconds,
+// hard links within the layer, holes of 32 KiB and more, and extended attributes.
+// Files whose content is still in a lower layer (metacopy) are whole in the
+// output, and so are directories that were renamed (redirect), which come out as
+// opaque ones with everything that is seen in them.
+//
+// Left out are sockets, inode flags (chattr), overlay's own attributes, and those
+// that bind a file to this machine, security.selinux and security.evm. What is
+// renamed or deleted during the second pass may be missing.
+//
+// These are errors that name the file and wrap ErrUnsupported: names that begin
+// with .wh., which any reader would take for whiteouts; attributes that a tar
+// cannot hold or that would mean something to another overlay; files of over
+// 16 TiB, or with so many holes that readers do not take the list of them; a file
+// with a lease; a mount point below Upper or Merged. Whatever cannot be read is
+// an error too.
+//
+// A parent comes before what is in it, and a directory's entries are sorted,
+// files first; directories of more than 100,000 entries in pieces of that many.
+// Memory grows with the number of directories and of files with several links,
+// by some 200 bytes for each, not with the number or size of files.
 //
 // It is not for concurrent use.
 type Copy struct {
@@ -93,7 +119,15 @@ func (c *Copy) begin(ctx context.Context) error {
 }
 
 // Finish makes the second pass, while nothing changes any more, and returns what the
-// diff consists of: the pieces, one behind the other, are what Diff writes. For deleted see Diff.
+// diff consists of, one piece behind the other.
+//
+// It calls deleted for each path that goes into deleted.files: for each whiteout
+// the deleted path and the path of the whiteout itself; for each opaque marker its
+// own path and what the lower directories have in the replaced directory and the
+// layer has not. All are relative to the root. Restorers that read deleted.files
+// (CRI-O, podman) unpack whiteouts as ordinary files and remove with this list
+// what they should not have unpacked. The paths are bytes. What a lower layer has
+// under another name, since it was renamed there, is not in the list.
 func (c *Copy) Finish(ctx context.Context, deleted func(path string) error) ([]Piece, error) {
 	pieces, err := c.finish(ctx, deleted)
 	if err != nil {

@@ -3,6 +3,7 @@ package rootfs
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -115,7 +116,13 @@ func (o overlay) diff(t *testing.T) (layer []byte, deleted []string, err error) 
 
 func (o overlay) diffTo(t *testing.T, w io.Writer, deleted func(string) error) error {
 	t.Helper()
-	return Diff(t.Context(), w, o.layer(t), deleted)
+	return diff(t.Context(), w, o.layer(t), deleted)
+}
+
+// diff makes a diff in one pass and one piece: what Copy's two have to come to.
+func diff(ctx context.Context, w io.Writer, layer Layer, deleted func(path string) error) error {
+	k := &walk{ctx: ctx, root: layer.Upper, layer: &layer, deleted: deleted, batch: maxSorted, parts: maxExtents}
+	return k.writeTo(w)
 }
 
 func readTree(t *testing.T, dir string) ([]byte, error) {
