@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
-
 	"crishim/test/node"
 )
 
@@ -40,9 +38,9 @@ type row struct {
 // beds are the nodes in which containers are checkpointed.
 type beds struct {
 	containerd, podman *bed
-	zstd               *node.Daemon // nil where crishim has no compression
 }
 
+// The crishim that compresses stands beside the other.
 const (
 	zstdName   = "crishim-zstd"
 	zstdSocket = "/run/crishim-zstd/crishim.sock"
@@ -61,7 +59,7 @@ func makeBeds(ctx context.Context, d *disk, binary string) (_ *beds, err error) 
 	if _, err = b.containerd.node.StartCrishim(ctx, binary); err != nil {
 		return nil, err
 	}
-	if b.zstd, err = startZstd(ctx, b.containerd.node); err != nil {
+	if _, err = b.containerd.node.StartCrishimAt(ctx, zstdName, zstdSocket, binary, "--compression", "zstd"); err != nil {
 		return nil, err
 	}
 	if b.podman, err = makePodmanBed(ctx, d); err != nil {
@@ -80,49 +78,13 @@ func (b *beds) close() error {
 	return errors.Join(errs...)
 }
 
-// startZstd starts a second crishim, which compresses, unless it cannot.
-func startZstd(ctx context.Context, n *node.Node) (*node.Daemon, error) {
-	const crishim = "/run/bin-crishim"
-	if help, err := n.Output(ctx, crishim, "serve", "--help"); err != nil || !strings.Contains(help, "--compression") {
-		return nil, err
-	}
-	daemon, err := n.StartDaemon(zstdName, crishim, "serve", "--compression", "zstd",
-		"--listen", "unix://"+zstdSocket, "--runtime-endpoint", "unix://"+node.ContainerdSocket)
-	if err != nil {
-		return nil, err
-	}
-	client, err := n.DialCRI(zstdSocket)
-	if err != nil {
-		return nil, err
-	}
-	defer client.Close()
-	for {
-		_, err := client.Runtime.Version(ctx, &cri.VersionRequest{})
-		if err == nil {
-			return daemon, nil
-		}
-		select {
-		case <-daemon.Done():
-			return nil, fmt.Errorf("start crishim with compression: %w\n%s", err, n.Logs())
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
-}
-
 func makePodmanBed(ctx context.Context, d *disk) (*bed, error) {
 	b, err := makeBed(ctx, d, node.Podman)
 	if err != nil {
 		return nil, err
 	}
-	for path, content := range map[string]string{
-		"/etc/containers/registries.conf.d/node.conf": "[[registry]]\nlocation = \"127.0.0.1:5000\"\ninsecure = true\n",
-		"/etc/containers/storage.conf":                "[storage]\ndriver = \"overlay\"\ngraphroot = \"/data/containers\"\nrunroot = \"/run/containers\"\n",
-	} {
-		if err := os.WriteFile(b.node.Path(path), []byte(content), 0o644); err != nil {
-			return nil, errors.Join(err, b.close())
-		}
+	if err := b.node.ConfigurePodman(); err != nil {
+		return nil, errors.Join(err, b.close())
 	}
 	return b, nil
 }
@@ -157,7 +119,7 @@ func (b *bed) runPodman(ctx context.Context, name string, s shape) (_ *container
 
 // checkpointShape has every engine checkpoint a container of a shape, a number of rounds, each time in another order.
 func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, only func(engine) bool) (_ *row, err error) {
-	all := slices.DeleteFunc(engines(b.zstd), func(e engine) bool { return !only(e) })
+	all := slices.DeleteFunc(engines(), func(e engine) bool { return !only(e) })
 	of, err := b.containerd.run(ctx, "load", s)
 	if err != nil {
 		return nil, err

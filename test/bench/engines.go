@@ -54,20 +54,15 @@ const (
 	tarFile     = outDir + "/" + archiveName
 )
 
-func engines(zstd *node.Daemon) []engine {
-	all := []engine{
+func engines() []engine {
+	return []engine{
 		{name: criuAlone, prepare: prepareCriu, result: "images", frozen: frozenIn("work")},
 		{name: runcAndTar, prepare: prepareRunc, result: archiveName, frozen: frozenIn("work")},
 		{name: containerd, prepare: prepareContainerd, result: archiveName, frozen: frozenInTar},
 		{name: podman, podman: true, prepare: preparePodman, result: archiveName, frozen: frozenInTar},
 		{name: crishim, prepare: prepareCrishim("crishim", node.CrishimSocket), result: archiveName, syncs: true, frozen: frozenInLog("crishim")},
+		{name: crishimZst, prepare: prepareCrishim(zstdName, zstdSocket), result: archiveName, syncs: true, frozen: frozenInLog(zstdName)},
 	}
-	if zstd != nil {
-		all = append(all, engine{
-			name: crishimZst, prepare: prepareCrishim(zstdName, zstdSocket), result: archiveName, syncs: true, frozen: frozenInLog(zstdName),
-		})
-	}
-	return all
 }
 
 // prepareCriu is the floor: what runc would have criu do, and nothing else. Like crishim it locks no network where no connection is established.

@@ -31,7 +31,7 @@ func TestAnEndInMidDumpLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	runPod(t, k, node.Pod{Name: "large", Command: []string{"/bin/workload", "memory", "1024"}})
-	pod, output := k.PodName("large"), logFile(n, k.PodName("large"), "large")
+	pod, output := k.PodName("large"), n.PodLogFile(k.PodName("large"), "large")
 	node.WaitCount(t, 0, output)
 	client := dial(t, n)
 	containers, err := client.Runtime.ListContainers(t.Context(), &cri.ListContainersRequest{})

@@ -4,9 +4,6 @@ package e2e
 
 import (
 	"context"
-	"fmt"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -41,21 +38,5 @@ func runPod(t *testing.T, k *node.Kubelet, pod node.Pod) {
 	defer cancel()
 	if err := k.RunPod(ctx, pod); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func podLog(t *testing.T, k *node.Kubelet, name string) func() (string, error) {
-	return func() (string, error) { return k.ContainerLog(t.Context(), k.PodName(name), name) }
-}
-
-// logFile reads what a pod has written from the node's disk, also while crishim is dead and the kubelet cannot tell.
-func logFile(n *node.Node, pod, name string) func() (string, error) {
-	return func() (string, error) {
-		files, err := filepath.Glob(n.Path("/var/log/pods/default_" + pod + "_*/" + name + "/0.log"))
-		if err != nil || len(files) != 1 {
-			return "", fmt.Errorf("log of %s: found %q, %w", pod, files, err)
-		}
-		content, err := os.ReadFile(files[0])
-		return string(content), err
 	}
 }

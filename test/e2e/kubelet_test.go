@@ -20,7 +20,7 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 	n, _ := start(t, node.Options{})
 	k := startKubelet(t, n, "1.34", node.CrishimSocket)
 	pod := k.PodName("counter")
-	before := node.WaitCount(t, 5, podLog(t, k, "counter"))
+	before := node.WaitCount(t, 5, k.PodLog(t, "counter"))
 
 	paths, err := k.Checkpoint(t.Context(), pod, "counter", 0)
 	if err != nil {
@@ -43,7 +43,7 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 	if got, want := n.Listing(t, checkpoints), filepath.Base(path)+"\n"; got != want {
 		t.Errorf("the directory holds\n%swant\n%s", got, want)
 	}
-	after := node.WaitCount(t, before+5, podLog(t, k, "counter"))
+	after := node.WaitCount(t, before+5, k.PodLog(t, "counter"))
 
 	t.Run("checkpointctl", func(t *testing.T) { readByCheckpointctl(t, n, path, pod) })
 	t.Run("tar", func(t *testing.T) {
@@ -69,27 +69,14 @@ func TestCheckpointThroughAKubelet(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		node.WaitCount(t, after, restored.Output)
-		output, err := restored.Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		all := node.Counts(output)
-		if all[0] < before || all[0] > after {
-			t.Errorf("went on at %d; it was checkpointed between %d and %d", all[0], before, after)
-		}
-		for i := 1; i < len(all); i++ {
-			if all[i] != all[i-1]+1 {
-				t.Errorf("went on from %d to %d", all[i-1], all[i])
-			}
-		}
+		node.WentOn(t, before, after, restored.Output)
 		if err := restored.Remove(t.Context()); err != nil {
 			t.Error(err)
 		}
 	})
 	// The original has gone on all along, and counted no number twice.
-	node.WaitCount(t, after+5, podLog(t, k, "counter"))
-	log, err := podLog(t, k, "counter")()
+	node.WaitCount(t, after+5, k.PodLog(t, "counter"))
+	log, err := k.PodLog(t, "counter")()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,6 @@
 package engines
 
 import (
-	"os"
 	"testing"
 
 	"crishim/test/node"
@@ -43,13 +42,8 @@ func TestPodman(t *testing.T) {
 func startPodman(t *testing.T) *node.Node {
 	t.Helper()
 	n := start(t, node.Options{Root: node.Podman, Hostname: "second"})
-	for path, content := range map[string]string{
-		"/etc/containers/registries.conf.d/node.conf": "[[registry]]\nlocation = \"127.0.0.1:5000\"\ninsecure = true\n",
-		"/etc/containers/storage.conf":                "[storage]\ndriver = \"overlay\"\ngraphroot = \"/data/containers\"\nrunroot = \"/run/containers\"\n",
-	} {
-		if err := os.WriteFile(n.Path(path), []byte(content), 0o644); err != nil {
-			t.Fatal(err)
-		}
+	if err := n.ConfigurePodman(); err != nil {
+		t.Fatal(err)
 	}
 	return n
 }

@@ -31,6 +31,11 @@ func BuildCrishim(ctx context.Context, dir string) (path string, err error) {
 // StartCrishim starts a binary of the host's as crishim in front of containerd, and waits until it relays. After its end, it
 // can be started again.
 func (n *Node) StartCrishim(ctx context.Context, binary string, args ...string) (*Daemon, error) {
+	return n.StartCrishimAt(ctx, "crishim", CrishimSocket, binary, args...)
+}
+
+// StartCrishimAt does the same for one of several, which has a name and a socket of its own.
+func (n *Node) StartCrishimAt(ctx context.Context, name, socket, binary string, args ...string) (*Daemon, error) {
 	const target = "/run/bin-crishim"
 	if _, err := os.Lstat(n.Path(target)); os.IsNotExist(err) {
 		if err := os.WriteFile(n.Path(target), nil, 0o700); err != nil {
@@ -40,12 +45,12 @@ func (n *Node) StartCrishim(ctx context.Context, binary string, args ...string) 
 			return nil, fmt.Errorf("start crishim: %w", err)
 		}
 	}
-	daemon, err := n.StartDaemon("crishim", target, append([]string{"serve",
-		"--listen", "unix://" + CrishimSocket, "--runtime-endpoint", "unix://" + ContainerdSocket}, args...)...)
+	daemon, err := n.StartDaemon(name, target, append([]string{"serve",
+		"--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + ContainerdSocket}, args...)...)
 	if err != nil {
 		return nil, err
 	}
-	client, err := n.DialCRI(CrishimSocket)
+	client, err := n.DialCRI(socket)
 	if err != nil {
 		return nil, err
 	}

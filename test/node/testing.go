@@ -2,6 +2,9 @@ package node
 
 import (
 	"context"
+	"fmt"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"testing"
@@ -85,6 +88,23 @@ func (n *Node) Client(t testing.TB, socket string) *Client {
 	return client
 }
 
+// PodLog returns a function that asks the kubelet for what a pod has written, whose container has the pod's name.
+func (k *Kubelet) PodLog(t testing.TB, name string) func() (string, error) {
+	return func() (string, error) { return k.ContainerLog(t.Context(), k.PodName(name), name) }
+}
+
+// PodLogFile returns a function that reads the same from the node's disk, also while the kubelet cannot tell. pod is the pod's whole name.
+func (n *Node) PodLogFile(pod, name string) func() (string, error) {
+	return func() (string, error) {
+		files, err := filepath.Glob(n.Path("/var/log/pods/default_" + pod + "_*/" + name + "/0.log"))
+		if err != nil || len(files) != 1 {
+			return "", fmt.Errorf("log of %s: found %q, %w", pod, files, err)
+		}
+		content, err := os.ReadFile(files[0])
+		return string(content), err
+	}
+}
+
 var counted = regexp.MustCompile(`count (\d+)\n`)
 
 // Counts returns the numbers that a workload has written, in order.
@@ -119,6 +139,26 @@ func WaitCount(t testing.TB, n int, output func() (string, error)) int {
 		}
 		if time.Now().After(deadline) {
 			t.Fatalf("no count over %d for 2 min; output ends in %q", n, text[max(0, len(text)-200):])
+		}
+	}
+}
+
+// WentOn waits until a restored workload has counted over after, and fails the test unless it went on at a number from before to
+// after, between which it was checkpointed, and left none out.
+func WentOn(t testing.TB, before, after int, output func() (string, error)) {
+	t.Helper()
+	WaitCount(t, after, output)
+	text, err := output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := Counts(text)
+	if all[0] < before || all[0] > after {
+		t.Errorf("went on at %d; it was checkpointed between %d and %d", all[0], before, after)
+	}
+	for i := 1; i < len(all); i++ {
+		if all[i] != all[i-1]+1 {
+			t.Errorf("went on from %d to %d", all[i-1], all[i])
 		}
 	}
 }

@@ -95,12 +95,12 @@ func checkpointAndRestore(t *testing.T, n *node.Node) {
 	k := kubelet(t, n)
 	runPod(t, k, node.Pod{Name: "counter"})
 	systemctl(t, "is-active", "containerd.service", "crishim.service", "crishim.socket", "kubelet.service")
-	before := node.WaitCount(t, 5, podLog(t, k, "counter"))
+	before := node.WaitCount(t, 5, k.PodLog(t, "counter"))
 	paths, err := k.Checkpoint(t.Context(), k.PodName("counter"), "counter", 0)
 	if err != nil || len(paths) != 1 {
 		t.Fatalf("got %q, %v, want one path", paths, err)
 	}
-	after := node.WaitCount(t, before+5, podLog(t, k, "counter"))
+	after := node.WaitCount(t, before+5, k.PodLog(t, "counter"))
 
 	archive, err := os.Open(paths[0])
 	if err != nil {
@@ -111,20 +111,7 @@ func checkpointAndRestore(t *testing.T, n *node.Node) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node.WaitCount(t, after, restored.Output)
-	text, err := restored.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	all := node.Counts(text)
-	if all[0] < before || all[0] > after {
-		t.Errorf("went on at %d; it was checkpointed between %d and %d", all[0], before, after)
-	}
-	for i := 1; i < len(all); i++ {
-		if all[i] != all[i-1]+1 {
-			t.Errorf("went on from %d to %d", all[i-1], all[i])
-		}
-	}
+	node.WentOn(t, before, after, restored.Output)
 	if err := restored.Remove(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -132,7 +119,7 @@ func checkpointAndRestore(t *testing.T, n *node.Node) {
 		t.Fatal(err)
 	}
 	// The original has gone on all along, in a scope of systemd's.
-	n.Unharmed(t, checkpoints, podLog(t, k, "counter"))
+	n.Unharmed(t, checkpoints, k.PodLog(t, "counter"))
 	if groups, err := filepath.Glob("/sys/fs/cgroup/kubepods.slice/*.slice/*.slice/cri-containerd-*.scope"); err != nil || len(groups) == 0 {
 		t.Errorf("no scope of a container, %v: who has made the cgroups?\n%s", err, output(t, "systemctl", "status", "--no-pager"))
 	}
@@ -147,7 +134,7 @@ func restart(t *testing.T, n *node.Node, rolledBack bool) {
 	k := kubelet(t, n)
 	name := fmt.Sprintf("large-%t", rolledBack)
 	runPod(t, k, node.Pod{Name: name, Command: []string{"/bin/workload", "memory", "64"}})
-	log := logFile(k.PodName(name), name)
+	log := n.PodLogFile(k.PodName(name), name)
 	node.WaitCount(t, 0, log)
 	kubeletPid, crishimPid := property(t, "kubelet.service", "MainPID"), property(t, "crishim.service", "MainPID")
 	since := strings.TrimSpace(output(t, "date", "+@%s"))
@@ -260,22 +247,6 @@ func runPod(t *testing.T, k *node.Kubelet, pod node.Pod) {
 	defer cancel()
 	if err := k.RunPod(ctx, pod); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func podLog(t *testing.T, k *node.Kubelet, name string) func() (string, error) {
-	return func() (string, error) { return k.ContainerLog(t.Context(), k.PodName(name), name) }
-}
-
-// logFile reads what a pod has written from the disk.
-func logFile(pod, name string) func() (string, error) {
-	return func() (string, error) {
-		files, err := filepath.Glob("/var/log/pods/default_" + pod + "_*/" + name + "/0.log")
-		if err != nil || len(files) != 1 {
-			return "", fmt.Errorf("log of %s: found %q, %w", pod, files, err)
-		}
-		content, err := os.ReadFile(files[0])
-		return string(content), err
 	}
 }
 
