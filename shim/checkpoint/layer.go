@@ -34,7 +34,7 @@ func (c *capture) begin(ctx context.Context) error {
 	if c.layer.dirs, err = openLayer(described, c.container.GetRootfs()); err != nil {
 		return err
 	}
-	var scratch [3]*os.File
+	var scratch [4]*os.File
 	for i := range scratch {
 		if scratch[i], err = c.staging.Scratch(); err != nil {
 			return err

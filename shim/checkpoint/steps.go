@@ -223,7 +223,12 @@ func (c *capture) shm(ctx context.Context) error {
 		return err
 	}
 	defer dir.Close()
-	return c.member(archive.DevShm, func(w io.Writer) error { return rootfs.Tree(ctx, w, dir) })
+	scratch, err := c.staging.Scratch()
+	if err != nil {
+		return err
+	}
+	defer scratch.Close()
+	return c.member(archive.DevShm, func(w io.Writer) error { return rootfs.Tree(ctx, w, dir, scratch) })
 }
 
 // holdLog keeps the log as it is now without reading it: it only grows, so its length is enough to copy it later, when the

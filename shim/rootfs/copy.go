@@ -42,9 +42,8 @@ import (
 // an error too.
 //
 // A parent comes before what is in it, and a directory's entries are sorted,
-// files first; directories of more than 100,000 entries in pieces of that many.
-// Memory grows with the number of directories and of files with several links,
-// by some 200 bytes for each, not with the number or size of files.
+// files first; directories of more than 10,000 entries in pieces of that many.
+// Memory grows neither with the number of files, links and directories nor with their size.
 //
 // It is not for concurrent use.
 type Copy struct {
@@ -53,6 +52,7 @@ type Copy struct {
 	first     *spool // what the first pass has copied; nil before there was one
 	index     *index
 	second    *spool
+	scratch   *os.File
 
 	settled time.Duration // see there; tests do not wait for so long
 	trusted func(*os.File) (bool, error)
@@ -73,11 +73,12 @@ const settled = 2 * time.Second
 
 // NewCopy prepares to copy a layer, whose descriptors must stay open. processes
 // returns those that may have files of it mapped. The spools are empty files, open to be read and
-// written, for nobody else: one for the first pass, one for its index and one for the second. They stay the caller's, and open.
-func NewCopy(layer Layer, processes func() ([]int, error), spools [3]*os.File) *Copy {
+// written, for nobody else: one for the first pass, one for its index, one for the second, and one for what is to be remembered of
+// many directories and links. They stay the caller's, and open.
+func NewCopy(layer Layer, processes func() ([]int, error), spools [4]*os.File) *Copy {
 	return &Copy{
 		layer: layer, processes: processes,
-		first: newSpool(spools[0]), index: newIndex(spools[1]), second: newSpool(spools[2]),
+		first: newSpool(spools[0]), index: newIndex(spools[1]), second: newSpool(spools[2]), scratch: spools[3],
 		settled: settled, trusted: stampsChanges, batch: maxSorted, parts: maxExtents,
 	}
 }
@@ -159,7 +160,7 @@ func (c *Copy) finish(ctx context.Context, deleted func(path string) error) ([]P
 }
 
 func (c *Copy) walk(ctx context.Context) *walk {
-	return &walk{ctx: ctx, root: c.layer.Upper, layer: &c.layer, batch: c.batch, parts: c.parts}
+	return &walk{ctx: ctx, root: c.layer.Upper, layer: &c.layer, scratch: c.scratch, batch: c.batch, parts: c.parts}
 }
 
 // stampsChanges says whether each change to a file of dir's file system, except
@@ -225,9 +226,16 @@ func (f *firstPass) leaf(k *walk, e *entry) error {
 		return f.index.add(&r, dir)
 	case !f.settled(&e.st):
 		return f.index.add(&r, dir)
-	case k.linked(e):
+	}
+	switch first, err := k.before(e); {
+	case err != nil:
+		return err
+	case first != "":
 		r.attrs = e.st // what this is linked to, only the second pass knows
 		return f.index.add(&r, dir)
+	}
+	if err := k.comesFirst(e); err != nil {
+		return err
 	}
 	if err := k.examine(e); err != nil {
 		return err

@@ -28,7 +28,7 @@ func (o overlay) layer(t *testing.T) Layer {
 func newTestCopy(t testing.TB, layer Layer) *Copy {
 	t.Helper()
 	dir := t.TempDir()
-	var spools [3]*os.File
+	var spools [4]*os.File
 	for i := range spools {
 		f, err := os.OpenFile(fmt.Sprintf("%s/%d", dir, i), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {

@@ -106,7 +106,7 @@ func TestDiff(t *testing.T) {
 		{name: "opaque over several layers", bottom: "mkdir -p d/e/f g; echo 1 >d/1; echo 2 >d/e/2; echo 3 >d/e/f/3; echo 4 >g/4; echo 5 >d/5",
 			lower:   "mkdir -p d/e g; echo a >d/a; echo b >d/e/b; mknod d/1 c 0 0; echo c >g/c",
 			change:  "rm -r d; mkdir -p d/e/f; echo new >d/e/new; echo new >d/5; rm -r g; echo file >g",
-			deleted: []string{"d/.wh..wh..opq", "d/1", "d/a", "d/e/2", "d/e/b", "d/e/f/3"}},
+			deleted: []string{"d/.wh..wh..opq", "d/1", "d/a", "d/e/b", "d/e/2", "d/e/f/3"}}, // one layer after the other
 		{name: "renamed directory", options: ",redirect_dir=on",
 			bottom: "mkdir -p d/e/deep x; echo 1 >d/1; echo 2 >d/e/2; echo 3 >d/e/deep/3; echo 4 >x/4; ln d/1 d/same",
 			lower:  "mkdir -p d/e; echo a >d/a; echo b >d/e/b; mknod d/gone c 1 3; mkfifo d/p; ln -s a d/s; chmod 711 d/e",
@@ -247,12 +247,12 @@ func TestDiffStops(t *testing.T) {
 		cancel(errors.New("frozen too long"))
 		written += len(b)
 		return len(b), nil
-	}), f)
+	}), f, scratchFile(t))
 	if err == nil || !strings.Contains(err.Error(), "frozen too long") || written > 4<<20 {
 		t.Errorf("Tree = %v after %d bytes", err, written)
 	}
 
-	if err := Tree(t.Context(), failingWriter{}, f); !errors.Is(err, unix.ENOSPC) {
+	if err := Tree(t.Context(), failingWriter{}, f, scratchFile(t)); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("Tree = %v, want the writer's error", err)
 	}
 }

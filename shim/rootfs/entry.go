@@ -99,33 +99,41 @@ func (k *walk) write(e *entry) error {
 
 // link writes e as a hard link, if it has been written already under another name.
 func (k *walk) link(e *entry) (done bool, err error) {
-	if !k.linked(e) {
-		return false, nil
+	first, err := k.before(e)
+	if first == "" {
+		return false, err
 	}
 	h, err := k.newHeader(e)
 	if err != nil {
 		return true, err
 	}
-	h.Typeflag, h.Linkname = tar.TypeLink, k.links[identity(&e.st)]
+	h.Typeflag, h.Linkname = tar.TypeLink, first
 	return true, k.header(h)
 }
 
-// linked tells whether e has another name that came before, and otherwise takes this one for the first.
-func (k *walk) linked(e *entry) bool {
+// before returns the name of e that came first, "" if none has come.
+func (k *walk) before(e *entry) (string, error) {
 	if e.st.Nlink < 2 {
-		return false
+		return "", nil
 	}
-	if _, ok := k.links[identity(&e.st)]; ok {
-		return true
+	return k.links.get(identity(&e.st))
+}
+
+// comesFirst notes that e has come, if it may come again.
+func (k *walk) comesFirst(e *entry) error {
+	if e.st.Nlink < 2 {
+		return nil
 	}
-	k.links[identity(&e.st)] = e.path
-	return false
+	return k.links.put(identity(&e.st), e.path)
 }
 
 func identity(st *unix.Stat_t) inode { return inode{uint64(st.Dev), st.Ino} }
 
 // newHeader returns a header with what entries of every kind have.
 func (k *walk) newHeader(e *entry) (*tar.Header, error) {
+	if len(e.path) > maxPath {
+		return nil, unsupported(e.path, "its path has %d bytes, more than the %d that are taken: move it up in the container", len(e.path), maxPath)
+	}
 	if k.layer != nil && strings.HasPrefix(baseName(e.path), whiteoutPrefix) {
 		return nil, unsupported(e.path, "names beginning with %s are whiteouts in a layer: rename it in the container", whiteoutPrefix)
 	}

@@ -145,13 +145,11 @@ func unchanged(a, b *unix.Stat_t) bool {
 }
 
 // chunkRecords is how many records are looked at at a time.
-const chunkRecords = 1000
+const chunkRecords = 400
 
-// chunk is a part of the index.
-type chunk struct {
-	offset, length int64
-	path           string // of the directory that its first record is, or is about a name in
-}
+// chunk is a part of the index. It begins with the length and the bytes of the path of the directory that its first record is, or is
+// about a name in.
+type chunk struct{ offset, length int64 }
 
 // index is written in order, and then read in chunks.
 type index struct {
@@ -169,34 +167,45 @@ func newIndex(file *os.File) *index {
 
 // add appends a record about a name in the directory at path, or about that directory itself.
 func (x *index) add(r *record, path string) error {
+	x.buf = x.buf[:0]
 	if len(x.chunks) == 0 || x.records == chunkRecords {
-		x.chunks = append(x.chunks, chunk{offset: x.written, path: path})
+		x.chunks = append(x.chunks, chunk{offset: x.written})
 		x.records = 0
+		x.buf = append(binary.AppendUvarint(x.buf, uint64(len(path))), path...)
 	}
 	x.records++
-	x.buf = r.appendTo(x.buf[:0])
+	x.buf = r.appendTo(x.buf)
 	n, err := x.w.Write(x.buf)
 	x.written += int64(n)
 	x.chunks[len(x.chunks)-1].length += int64(n)
 	return err
 }
 
-// read parses the records of a chunk, into what is there if it is enough.
-func (x *index) read(c chunk, records []record, buf []byte) ([]record, []byte, error) {
+// read parses a chunk, into what is there if it is enough.
+func (x *index) read(c chunk, records []record, buf []byte) (path string, _ []record, _ []byte, err error) {
 	if int64(cap(buf)) < c.length {
 		buf = make([]byte, c.length)
 	}
 	buf = buf[:c.length]
 	if n, err := x.file.ReadAt(buf, c.offset); err != nil && (err != io.EOF || int64(n) != c.length) {
-		return nil, buf, err
+		return "", nil, buf, err
 	}
-	records = records[:0]
-	for b := buf; len(b) > 0; {
+	path, records, err = parseChunk(buf, records[:0])
+	return path, records, buf, err
+}
+
+// parseChunk appends the records in b to records. Their names stay in b.
+func parseChunk(b []byte, records []record) (path string, _ []record, err error) {
+	length, n := binary.Uvarint(b)
+	if n <= 0 || length > uint64(len(b)-n) {
+		return "", nil, errIndex
+	}
+	path, b = string(b[n:n+int(length)]), b[n+int(length):]
+	for len(b) > 0 {
 		records = append(records, record{})
-		var err error
 		if b, err = records[len(records)-1].parse(b); err != nil {
-			return nil, buf, err
+			return "", nil, err
 		}
 	}
-	return records, buf, nil
+	return path, records, nil
 }

@@ -121,7 +121,15 @@ func (o overlay) diffTo(t *testing.T, w io.Writer, deleted func(string) error) e
 
 // diff makes a diff in one pass and one piece: what Copy's two have to come to.
 func diff(ctx context.Context, w io.Writer, layer Layer, deleted func(path string) error) error {
-	k := &walk{ctx: ctx, root: layer.Upper, layer: &layer, deleted: deleted, batch: maxSorted, parts: maxExtents}
+	scratch, err := os.CreateTemp("", "")
+	if err != nil {
+		return err
+	}
+	defer scratch.Close()
+	if err := os.Remove(scratch.Name()); err != nil {
+		return err
+	}
+	k := &walk{ctx: ctx, root: layer.Upper, layer: &layer, scratch: scratch, deleted: deleted, batch: maxSorted, parts: maxExtents}
 	return k.writeTo(w)
 }
 
@@ -131,8 +139,18 @@ func readTree(t *testing.T, dir string) ([]byte, error) {
 	must(t, err)
 	defer f.Close()
 	var b bytes.Buffer
-	err = Tree(t.Context(), &b, f)
+	err = Tree(t.Context(), &b, f, scratchFile(t))
 	return b.Bytes(), err
+}
+
+func scratchFile(t testing.TB) *os.File {
+	t.Helper()
+	f, err := os.CreateTemp(t.TempDir(), "scratch")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
 }
 
 // entries reads a tar.

@@ -88,13 +88,14 @@ func (l *look) at(c chunk) *answer {
 		a.err = context.Cause(l.ctx)
 		return a
 	}
-	a.records, a.buf, a.err = l.index.read(c, a.records, a.buf)
+	var first string
+	first, a.records, a.buf, a.err = l.index.read(c, a.records, a.buf)
 	if a.err != nil {
 		return a
 	}
 	var path []string // of the directory at hand
-	if c.path != "" {
-		path = strings.Split(c.path, "/")
+	if first != "" {
+		path = strings.Split(first, "/")
 	}
 	dir := -1
 	defer func() { unix.Close(dir) }()

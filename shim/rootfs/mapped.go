@@ -30,6 +30,9 @@ type mapped struct {
 // change is what tells two states of a file apart: its ctime and its size.
 type change struct{ sec, nsec, size int64 }
 
+// maxMapped is how many are told apart. A container of more has all its files taken for mapped.
+const maxMapped = 50_000
+
 func (m *mapped) has(st *unix.Stat_t) bool {
 	if m.all {
 		return true
@@ -56,6 +59,9 @@ func (l *Layer) mapped(processes func() ([]int, error)) (*mapped, error) {
 	for _, pid := range pids {
 		if err := m.add(pid, devices); err != nil {
 			return nil, fmt.Errorf("look for mapped files of process %d: %w", pid, err)
+		}
+		if m.all {
+			break
 		}
 	}
 	return m, nil
@@ -132,6 +138,9 @@ func (m *mapped) addOf(pid int, devices map[uint64]bool) (certain bool, err erro
 		}
 		m.files[change{st.Ctime.Sec, int64(st.Ctime.Nsec), int64(st.Size)}] = struct{}{}
 	}
+	if len(m.files) > maxMapped {
+		m.files, m.all = nil, true
+	}
 	return true, nil
 }
 
@@ -150,19 +159,12 @@ func mappings(pid int, devices map[uint64]bool) ([][2]uint64, error) {
 		for long := err; errors.Is(long, bufio.ErrBufferFull); { // a path's end
 			_, long = lines.ReadSlice('\n')
 		}
-		// 7f0000000000-7f0000001000 rw-s 00000000 fe:00 1234    /path
-		fields := bytes.Fields(line)
-		if len(fields) >= 5 && len(fields[1]) == 4 && fields[1][3] == 's' {
-			device, ok := parseDevice(string(fields[3]), 16)
-			from, to, _ := strings.Cut(string(fields[0]), "-")
-			a, errA := strconv.ParseUint(from, 16, 64)
-			b, errB := strconv.ParseUint(to, 16, 64)
-			if !ok || errA != nil || errB != nil {
-				return nil, fmt.Errorf("parse %s: %q", file.Name(), line)
-			}
-			if devices[device] {
-				found = append(found, [2]uint64{a, b})
-			}
+		device, addresses, shared, ok := parseMapping(line)
+		switch {
+		case !ok:
+			return nil, fmt.Errorf("parse %s: %.100q", file.Name(), line)
+		case shared && devices[device]:
+			found = append(found, addresses)
 		}
 		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
 			if err == io.EOF || gone(err) {
@@ -171,6 +173,21 @@ func mappings(pid int, devices map[uint64]bool) ([][2]uint64, error) {
 			return nil, err
 		}
 	}
+}
+
+// parseMapping reads a line of /proc/PID/maps, such as
+// "7f0000000000-7f0000001000 rw-s 00000000 fe:00 1234    /path", and says of a shared mapping where it is and on which device its file.
+func parseMapping(line []byte) (device uint64, addresses [2]uint64, shared, ok bool) {
+	fields := bytes.Fields(line)
+	if len(fields) < 5 || len(fields[1]) != 4 || fields[1][3] != 's' {
+		return 0, addresses, false, true
+	}
+	device, ok = parseDevice(string(fields[3]), 16)
+	from, to, _ := strings.Cut(string(fields[0]), "-")
+	var errFrom, errTo error
+	addresses[0], errFrom = strconv.ParseUint(from, 16, 64)
+	addresses[1], errTo = strconv.ParseUint(to, 16, 64)
+	return device, addresses, true, ok && errFrom == nil && errTo == nil
 }
 
 func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) }

@@ -2,9 +2,10 @@ package rootfs
 
 import (
 	"archive/tar"
+	"context"
 	"errors"
 	"fmt"
-	"maps"
+	"io"
 	"os"
 	"slices"
 	"strings"
@@ -98,7 +99,8 @@ func (k *walk) openLower(i int, path string) (int, error) {
 	return fd, nil
 }
 
-// hidden reports what lower layers have in the directory d and is not seen in it.
+// hidden reports what lower layers have in the directory d and is not seen in it: of the uppermost of them, then of the next, each
+// sorted as far as names are held at a time.
 func (k *walk) hidden(d *directory, path string, in []place) error {
 	var lower []int // where there may be one
 	if d.parent != nil && d.parent.hides {
@@ -108,7 +110,12 @@ func (k *walk) hidden(d *directory, path string, in []place) error {
 			lower = append(lower, i)
 		}
 	}
-	names := make(map[string]struct{})
+	known := in // where a name is that needs no report, or has had one
+	defer func() {
+		for _, p := range known[len(in):] {
+			unix.Close(p.fd)
+		}
+	}()
 	for _, i := range lower {
 		fd, err := k.openLower(i, path)
 		if err != nil {
@@ -118,40 +125,50 @@ func (k *walk) hidden(d *directory, path string, in []place) error {
 			continue
 		}
 		d.lower = append(d.lower, i)
-		list, err := readNames(fd)
-		unix.Close(fd)
+		err = k.hiddenIn(fd, path, known)
+		known = append(known[:len(known):len(known)], place{fd: fd})
 		if err != nil {
-			return fmt.Errorf("read %s in a lower layer: %w", quote(path), err)
-		}
-		for _, name := range list {
-			names[name] = struct{}{}
-		}
-	}
-	for _, name := range slices.Sorted(maps.Keys(names)) {
-		e, err := k.find(in, name, join(path, name))
-		if err != nil {
-			return err
-		}
-		if e != nil {
-			e.close()
-			continue
-		}
-		if err := k.deleted(join(path, name)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// readNames returns the names in the directory that dir gets hold of.
-func readNames(dir int) ([]string, error) {
-	fd, err := unix.Openat(dir, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+// hiddenIn reports what a lower layer's directory has that is not in the known ones.
+func (k *walk) hiddenIn(lower int, path string, known []place) error {
+	fd, err := unix.Openat(lower, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("open %s in a lower layer: %w", quote(path), err)
 	}
-	f := os.NewFile(uintptr(fd), "directory")
-	defer f.Close()
-	return f.Readdirnames(-1)
+	dir := os.NewFile(uintptr(fd), quote(path))
+	defer dir.Close()
+	for {
+		names, err := dir.Readdirnames(k.batch)
+		if err != nil && err != io.EOF {
+			return fmt.Errorf("read %s in a lower layer: %w", quote(path), err)
+		}
+		if len(names) == 0 {
+			return nil
+		}
+		slices.Sort(names)
+		for _, name := range names {
+			if k.ctx.Err() != nil {
+				return context.Cause(k.ctx)
+			}
+			at := join(path, name)
+			e, err := k.find(known, name, at)
+			if e != nil {
+				e.close()
+				continue
+			}
+			if err == nil {
+				err = k.deleted(at)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
 }
 
 // whiteout writes a deletion for e, which stands for one.

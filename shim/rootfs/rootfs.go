@@ -55,29 +55,40 @@ type Layer struct {
 // What is kept and what is an error is as for Copy, but overlay's conventions mean
 // nothing here: such names, devices and attributes are kept as they are. What is
 // mounted below dir is left out: it is another volume.
-func Tree(ctx context.Context, w io.Writer, dir *os.File) error {
-	k := &walk{ctx: ctx, root: dir, batch: maxSorted, parts: maxExtents}
+//
+// scratch is an empty file, open to be read and written, for nobody else. What must be
+// remembered of many directories and links is put into it, so that memory does not
+// grow with what dir has. It stays the caller's.
+func Tree(ctx context.Context, w io.Writer, dir, scratch *os.File) error {
+	k := &walk{ctx: ctx, root: dir, scratch: scratch, batch: maxSorted, parts: maxExtents}
 	if err := k.writeTo(w); err != nil {
 		return fmt.Errorf("write directory tree: %w", err)
 	}
 	return nil
 }
 
-// maxSorted is how many names of a directory are held and sorted at a time.
-const maxSorted = 100_000
+const (
+	// maxSorted is how many names of a directory are held and sorted at a time.
+	maxSorted = 10_000
+	// maxPath is how many bytes a path may have, below the root. Sixteen times as much as one has for the
+	// system calls that most programs make, restorers among them. It bounds what a walk remembers of the way to where it is.
+	maxPath = 64 << 10
+)
 
 // walk is one pass over a tree.
 type walk struct {
 	ctx     context.Context
 	root    *os.File
 	layer   *Layer // nil if root is a plain directory, and not the upper one of an overlay mount
+	scratch *os.File
 	deleted func(path string) error
 	batch   int // how many names of a directory are taken at a time
 	parts   int // how many parts a sparse file may have
 
-	proc  int              // /proc/self/fd
-	links map[inode]string // first path of each file that has several
-	out   output
+	proc    int         // /proc/self/fd
+	links   *firstPaths // of files that have several
+	waiting *waiting
+	out     output
 
 	first  *firstPass  // not nil in the first pass of two
 	second *secondPass // not nil in the second
@@ -91,7 +102,10 @@ func (k *walk) writeTo(w io.Writer) error { return k.run(newStream(w)) }
 // run writes the whole tar.
 func (k *walk) run(out output) (err error) {
 	k.out = out
-	k.links = make(map[inode]string)
+	if err := k.scratch.Truncate(0); err != nil { // what another walk has left
+		return err
+	}
+	k.links, k.waiting = newFirstPaths(k.scratch), &waiting{file: k.scratch}
 	if k.proc, err = openProc(); err != nil {
 		return err
 	}

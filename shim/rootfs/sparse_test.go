@@ -173,7 +173,7 @@ func TestTooManyHoles(t *testing.T) {
 	must(t, err)
 	defer f.Close()
 	var b bytes.Buffer
-	k := &walk{ctx: t.Context(), root: f, batch: maxSorted, parts: 20}
+	k := &walk{ctx: t.Context(), root: f, scratch: scratchFile(t), batch: maxSorted, parts: 20}
 	must(t, k.writeTo(&b))
 	if firstFile(t, b.Bytes(), "a", at) != sumOf(t, dir+"/a") {
 		t.Error("content has changed")
@@ -194,7 +194,7 @@ func TestTooManyLargeHoles(t *testing.T) {
 	f, err := os.Open(dir)
 	must(t, err)
 	defer f.Close()
-	k := &walk{ctx: t.Context(), root: f, batch: maxSorted, parts: 4}
+	k := &walk{ctx: t.Context(), root: f, scratch: scratchFile(t), batch: maxSorted, parts: 4}
 	if err := k.writeTo(io.Discard); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("writeTo = %v, want ErrUnsupported", err)
 	}

@@ -36,17 +36,35 @@ func (d *directory) path() string {
 // each sorted. Depth costs neither stack nor descriptors: at any time one
 // directory is open besides the root, found anew by its path.
 func (k *walk) directories() error {
-	waiting := []*directory{{}}
-	for len(waiting) > 0 {
-		last := len(waiting) - 1
-		d := waiting[last]
-		waiting = waiting[:last]
-		children, err := k.directory(d)
+	type visit struct {
+		of             *directory
+		first, at, end int64 // of the names of its subdirectories in k.waiting
+	}
+	var way []visit // to where the walk is
+	enter := func(d *directory) error {
+		first := k.waiting.end()
+		err := k.directory(d)
+		way = append(way, visit{d, first, first, k.waiting.end()})
+		return err
+	}
+	if err := enter(&directory{}); err != nil {
+		return err
+	}
+	for len(way) > 0 {
+		last := &way[len(way)-1]
+		if last.at == last.end {
+			k.waiting.cut(last.first)
+			way = way[:len(way)-1]
+			continue
+		}
+		name, batch, next, err := k.waiting.at(last.at)
 		if err != nil {
 			return err
 		}
-		slices.Reverse(children)
-		waiting = append(waiting, children...)
+		last.at = next
+		if err := enter(&directory{parent: last.of, name: name, depth: last.of.depth + 1, batch: batch}); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -57,13 +75,13 @@ type place struct {
 	merged bool // as the overlay mount shows it
 }
 
-// directory writes d and everything in it that is not a directory, and returns
-// its subdirectories.
-func (k *walk) directory(d *directory) ([]*directory, error) {
+// directory writes d and everything in it that is not a directory, and puts
+// its subdirectories on the waiting list.
+func (k *walk) directory(d *directory) error {
 	if k.second != nil && k.second.known != nil {
 		r, err := k.second.known.directory(d)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		// What an opaque one hides is not in the index.
 		if r != nil && r.same && !r.notes.opaque && (d.parent == nil || !d.parent.hides) {
@@ -77,29 +95,29 @@ func (k *walk) directory(d *directory) ([]*directory, error) {
 	}
 	e, err := k.find(roots, path, path)
 	if e == nil {
-		return nil, err
+		return err
 	}
 	defer e.close()
 	if !e.is(unix.S_IFDIR) { // another thing has taken the name since it was listed
 		if k.first != nil {
-			return nil, nil
+			return nil
 		}
-		return nil, k.leaf(e)
+		return k.leaf(e)
 	}
 	if err := k.examine(e); err != nil {
-		return nil, err
+		return err
 	}
 	if k.first != nil {
 		if e.marks.redirect {
-			return nil, nil // the second pass finds out what is in it
+			return nil // the second pass finds out what is in it
 		}
 		if err := k.first.directory(d, e, func() error { return k.write(e) }); err != nil {
-			return nil, err
+			return err
 		}
 		return k.children(d, e, []place{{e.file, false}})
 	}
 	if err := k.write(e); err != nil {
-		return nil, err
+		return err
 	}
 
 	listed := e
@@ -109,46 +127,45 @@ func (k *walk) directory(d *directory) ([]*directory, error) {
 		// What is seen in it comes from the upper directory and from wherever it was before.
 		m, err := k.find([]place{k.merged()}, path, path)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if m != nil {
 			defer m.close()
 			if err := k.openToRead(m); err != nil {
-				return nil, err
+				return err
 			}
 			listed, in = m, append(in, place{m.file, true})
 		}
 	}
 	if d.hides {
 		if err := k.hidden(d, path, in); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	return k.children(d, listed, in)
 }
 
 // children writes what listed has besides directories, found in the given places,
-// and returns the directories.
-func (k *walk) children(d *directory, listed *entry, in []place) ([]*directory, error) {
+// and puts the directories on the waiting list.
+func (k *walk) children(d *directory, listed *entry, in []place) error {
 	dir := listed.takeFile()
 	defer dir.Close()
-	var children []*directory
 	for batch := 0; ; batch++ {
 		names, err := dir.Readdirnames(k.batch)
 		if err != nil && err != io.EOF && !vanished(err) { // a directory deleted while open reads as ENOENT
-			return nil, fmt.Errorf("read directory: %w", err)
+			return fmt.Errorf("read directory: %w", err)
 		}
 		if len(names) == 0 {
-			return children, nil
+			return nil
 		}
 		slices.Sort(names)
 		for _, name := range names {
 			isDir, err := k.name(d, listed.path, name, in)
-			if err != nil {
-				return nil, err
+			if err == nil && isDir {
+				err = k.waiting.add(name, batch)
 			}
-			if isDir {
-				children = append(children, d.child(name, batch))
+			if err != nil {
+				return err
 			}
 		}
 		switch {
@@ -158,13 +175,9 @@ func (k *walk) children(d *directory, listed *entry, in []place) ([]*directory, 
 			err = k.second.known.batch()
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
 	}
-}
-
-func (d *directory) child(name string, batch int) *directory {
-	return &directory{parent: d, name: name, depth: d.depth + 1, batch: batch}
 }
 
 // name writes what d, at dir, has under name, or reports that it is a directory.
@@ -206,44 +219,49 @@ func (k *walk) child(in []place, name, path string) (isDir bool, err error) {
 }
 
 // same writes a directory that is as the first pass has noted it, by r, with the same names in it.
-func (k *walk) same(d *directory, r *record) ([]*directory, error) {
+func (k *walk) same(d *directory, r *record) error {
 	if err := k.second.keep(r.piece); err != nil {
-		return nil, err
+		return err
 	}
 	d.mark(r.notes)
 	path := d.path()
-	var children []*directory
 	batch := 0
 	for known := k.second.known; ; known.next++ {
 		r, err := known.record()
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if r == nil || r.kind == dirRecord {
-			return children, nil
+			return nil
 		}
 		switch r.kind {
 		case subRecord:
-			children = append(children, d.child(string(r.name), batch))
+			err = k.waiting.add(string(r.name), batch)
 		case batchRecord:
 			batch++
 		case leafRecord:
-			if k.ctx.Err() != nil {
-				return nil, context.Cause(k.ctx)
-			}
-			at := join(path, string(r.name))
-			done, err := k.unchanged(r, at)
-			if err == nil && !done {
-				var isDir bool
-				if isDir, err = k.child([]place{k.top()}, at, at); isDir {
-					children = append(children, d.child(string(r.name), batch))
-				}
-			}
-			if err != nil {
-				return nil, err
-			}
+			err = k.sameName(r, join(path, string(r.name)), batch)
+		}
+		if err != nil {
+			return err
 		}
 	}
+}
+
+// sameName writes what is at path, of which the first pass has noted r, in a directory that is the same.
+func (k *walk) sameName(r *record, path string, batch int) error {
+	if k.ctx.Err() != nil {
+		return context.Cause(k.ctx)
+	}
+	if done, err := k.unchanged(r, path); done || err != nil {
+		return err
+	}
+	name := string(r.name)
+	isDir, err := k.child([]place{k.top()}, path, path)
+	if isDir {
+		err = k.waiting.add(name, batch)
+	}
+	return err
 }
 
 // unchanged writes what is at path without a look at it, if it is as the first pass has noted it, by r.
@@ -255,17 +273,16 @@ func (k *walk) unchanged(r *record, path string) (done bool, err error) {
 	if isWhiteout(&e.st) {
 		return true, k.whiteout(e)
 	}
-	if done, err := k.link(e); done {
+	if done, err := k.link(e); done || err != nil {
 		return true, err
 	}
 	switch {
 	case e.marks.whiteout:
 		return true, k.whiteout(e)
 	case r.piece.length > 0:
-		return true, k.second.keep(r.piece)
+		return true, errors.Join(k.comesFirst(e), k.second.keep(r.piece))
 	}
 	// It was a link to another name then, which is gone, or comes later now.
-	delete(k.links, identity(&e.st))
 	return false, nil
 }
 
@@ -283,7 +300,7 @@ func (k *walk) leaf(e *entry) error {
 	case k.layer != nil && !e.merged && isWhiteout(&e.st):
 		return k.whiteout(e)
 	}
-	if done, err := k.link(e); done {
+	if done, err := k.link(e); done || err != nil {
 		return err
 	}
 	if err := k.examine(e); err != nil {
@@ -291,6 +308,9 @@ func (k *walk) leaf(e *entry) error {
 	}
 	if e.marks.whiteout {
 		return k.whiteout(e)
+	}
+	if err := k.comesFirst(e); err != nil {
+		return err
 	}
 	return k.write(e)
 }
