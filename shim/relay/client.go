@@ -285,22 +285,31 @@ func (l *link) clientWindow(f frame, st *stream) error {
 	case st != nil && st.served == nil:
 		l.runtime.add(f.raw)
 		return nil
+	case st != nil && n == 0:
+		l.reset(f.id, http2.ErrCodeProtocol)
+		return nil
+	case st != nil:
+		if st.served.window += n; st.served.window > maxWindow {
+			l.reset(f.id, http2.ErrCodeFlowControl)
+		}
+		l.changed.Broadcast()
+		return nil
 	case n == 0:
 		return protocolError("WINDOW_UPDATE of 0")
 	}
-	window := &l.account.window
-	if st != nil {
-		window = &st.served.window
-	}
-	if *window += n; *window > maxWindow {
+	if l.account.window += n; l.account.window > maxWindow {
 		return &connError{http2.ErrCodeFlowControl, "window over 2^31-1"}
 	}
-	if f.id == 0 {
-		l.release()
-		l.settle()
-	}
+	l.release()
+	l.settle()
 	l.changed.Broadcast()
 	return nil
+}
+
+// reset ends a stream that is served here, for an error of the client's.
+func (l *link) reset(id uint32, code http2.ErrCode) {
+	l.client.send(appendReset(nil, id, code))
+	l.forget(id)
 }
 
 func (l *link) clientSettings(f frame) error {

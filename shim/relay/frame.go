@@ -75,6 +75,10 @@ func (f frame) check() error {
 		if err = onStream(true); err == nil {
 			err = size(n == 4)
 		}
+	case http2.FramePriority:
+		if err = onStream(true); err == nil {
+			err = size(n == 5)
+		}
 	case http2.FrameWindowUpdate:
 		err = size(n == 4)
 	case http2.FramePing:

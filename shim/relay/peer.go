@@ -14,17 +14,19 @@ const refusalLog = time.Minute
 
 // RootOnly returns a listener that hands out only connections from processes
 // that ran as root when they connected, by SO_PEERCRED; others are closed and
-// logged, at most once a minute. It is for Unix sockets: a connection without
+// counted, and logged at most once a minute with how many there were since when. It is for Unix sockets: a connection without
 // peer credentials is refused too. Accept must not be called concurrently.
 func RootOnly(l net.Listener, log logrus.FieldLogger) net.Listener {
-	return &rootOnly{Listener: l, log: log}
+	return &rootOnly{Listener: l, log: log, since: time.Now(), every: refusalLog}
 }
 
 type rootOnly struct {
 	net.Listener
 	log     logrus.FieldLogger
-	logged  time.Time
-	refused int // since the last log entry
+	every   time.Duration
+	logged  time.Time // zero before the first entry
+	since   time.Time // when refused was 0
+	refused int
 }
 
 func (l *rootOnly) Accept() (net.Conn, error) {
@@ -38,10 +40,10 @@ func (l *rootOnly) Accept() (net.Conn, error) {
 		}
 		conn.Close()
 		l.refused++
-		if time.Since(l.logged) >= refusalLog {
-			l.log.WithError(err).WithField("refused", l.refused).
-				Warn("refused a connection: only root may use this socket")
-			l.logged, l.refused = time.Now(), 0
+		if now := time.Now(); now.Sub(l.logged) >= l.every {
+			l.log.WithError(err).Warnf("refused a connection: only root may use this socket (%d refused since %s)",
+				l.refused, l.since.Format(time.RFC3339))
+			l.logged, l.since, l.refused = now, now, 0
 		}
 	}
 }

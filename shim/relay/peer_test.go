@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -94,6 +95,19 @@ func TestRootOnly(t *testing.T) {
 	}
 	if n := len(hook.AllEntries()); n != 1 || hook.LastEntry().Level != logrus.WarnLevel {
 		t.Errorf("%d log entries for 3 refusals, want one warning", n)
+	}
+
+	// The next entry has those that went unlogged.
+	l.(*rootOnly).every = 0
+	go l.Accept() // ends with the listener
+	if code := try(65534); code != 7 {
+		t.Errorf("another user: exit code %d, want a closed connection", code)
+	}
+	waitFor(t, "log entry", func() bool { return len(hook.AllEntries()) == 2 })
+	for i, want := range []string{"(1 refused since 20", "(3 refused since 20"} {
+		if entry := hook.AllEntries()[i]; !strings.Contains(entry.Message, want) {
+			t.Errorf("log entry %d is %q, want %q", i, entry.Message, want)
+		}
 	}
 }
 

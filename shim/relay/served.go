@@ -81,12 +81,21 @@ func (l *link) open(r *request, handler http.Handler) error {
 	return nil
 }
 
+// connectionHeaders concern a connection of HTTP/1, and make a request of HTTP/2 malformed (RFC 9113, 8.2.2).
+var connectionHeaders = []string{"connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"}
+
 // newRequest is the request without its body.
 func newRequest(ctx context.Context, fields []hpack.HeaderField) (*http.Request, error) {
 	req := &http.Request{Proto: "HTTP/2.0", ProtoMajor: 2, Header: http.Header{}}
 	regular := false
+	seen := map[string]bool{} // of the pseudo-headers
 	for _, f := range fields {
-		switch name, pseudo := strings.CutPrefix(f.Name, ":"); {
+		name, pseudo := strings.CutPrefix(f.Name, ":")
+		if pseudo && seen[name] {
+			return nil, fmt.Errorf("read request: %q twice", f.Name)
+		}
+		seen[name] = seen[name] || pseudo
+		switch {
 		case pseudo && regular:
 			return nil, fmt.Errorf("read request: %q after other headers", f.Name)
 		case name == "method" && pseudo:
@@ -98,10 +107,15 @@ func newRequest(ctx context.Context, fields []hpack.HeaderField) (*http.Request,
 		case name == "scheme" && pseudo:
 		case pseudo, !httpguts.ValidHeaderFieldName(name), name != strings.ToLower(name), !httpguts.ValidHeaderFieldValue(f.Value):
 			return nil, fmt.Errorf("read request: invalid header %.100q", f.Name)
+		case slices.Contains(connectionHeaders, name), name == "te" && f.Value != "trailers":
+			return nil, fmt.Errorf("read request: header %.100q, which HTTP/2 does not have", f.Name)
 		default:
 			regular = true
 			req.Header.Add(name, f.Value)
 		}
+	}
+	if req.Method == "" || !seen["scheme"] {
+		return nil, errors.New("read request: no method or no scheme")
 	}
 	if req.Host == "" {
 		req.Host = req.Header.Get("Host")
@@ -136,6 +150,10 @@ func (x *exchange) receive(p []byte) {
 // start runs the handler, if a slot is free: the request is whole.
 func (x *exchange) start() {
 	if x.gone() { // refused with its last piece
+		return
+	}
+	if length := x.req.Header.Get("Content-Length"); length != "" && length != strconv.Itoa(len(x.body)) {
+		x.l.reset(x.id, http2.ErrCodeProtocol)
 		return
 	}
 	select {
