@@ -53,7 +53,7 @@ func failure(err error) *crishimv1.Failure {
 		f.Reason = crishimv1.Reason_REASON_NOT_RUNNING
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), kind == criu.NoSpace:
 		f.Reason = crishimv1.Reason_REASON_NO_SPACE
-	case kind == criu.Unsupported, errors.Is(err, rootfs.ErrUnsupported):
+	case kind == criu.Unsupported, errors.Is(err, rootfs.ErrUnsupported), errors.Is(err, container.ErrUnsupported), errors.Is(err, unix.EROFS):
 		f.Reason = crishimv1.Reason_REASON_UNSUPPORTED
 	case kind == criu.Busy:
 		f.Reason = crishimv1.Reason_REASON_BUSY

@@ -238,21 +238,26 @@ func (c *capture) holdLog() error {
 	if path == "" {
 		return nil
 	}
-	log, err := os.OpenFile(path, unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	// It may have been replaced since it was described. A device may act on being opened: it is looked at before.
+	found, err := os.OpenFile(path, unix.O_PATH|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	info, err := log.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a regular file", path)
-	}
+	defer found.Close()
+	info, err := found.Stat()
 	if err != nil {
-		return errors.Join(err, log.Close())
+		return err
 	}
-	c.log, c.logSize = log, info.Size()
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%w: its log %s is not a regular file: find out who has put it there, and remove it", container.ErrUnsupported, path)
+	}
+	if c.log, err = os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", found.Fd()), unix.O_RDONLY|unix.O_NONBLOCK, 0); err != nil {
+		return err
+	}
+	c.logSize = info.Size()
 	return nil
 }
 
