@@ -38,7 +38,7 @@ unit: ## the quick tests: no root, no node
 	timeout 10m $(GO) test -race $(PACKAGES)
 
 .PHONY: test
-test: setup lint build test-node test-e2e test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
+test: setup lint build fuzz-short test-node test-e2e test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
 
 # The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; what knows of cgroups once more
 # where there is cgroup v2 alone; and what knows of a runtime's mounts with later runtimes.
@@ -110,6 +110,10 @@ lint: ## formatting, vet, staticcheck, and what this project bans
 FUZZTIME ?= 30s
 fuzz: ## run each fuzz target for FUZZTIME (30s)
 	test/fuzz.sh $(FUZZTIME)
+
+.PHONY: fuzz-short
+fuzz-short: ## the same for 3 s each, as make test does
+	test/fuzz.sh 3s
 
 .PHONY: proto
 proto: ## generate proto/**/*.pb.go again (needs protoc)
