@@ -34,15 +34,16 @@ func (s *Staging) Publish(ctx context.Context) error {
 	if err := s.location.rename(s.dir, archiveName); err != nil {
 		return fmt.Errorf("publish archive: %w", s.Explain(err))
 	}
-	// EINVAL: a file system on which directories need no sync.
-	if err := s.location.dir.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
+	// Before the sync, which then makes both durable. If it fails, the caller's deferred Remove tells.
+	removed := s.delete() == nil
+	if err := syncDirectory(s.location.dir); err != nil {
 		err = fmt.Errorf("publish archive: sync directory of %s: %w", s.location.path, s.Explain(err))
 		if removeErr := unix.Unlinkat(int(s.location.dir.Fd()), s.location.name, 0); removeErr != nil {
 			err = fmt.Errorf("%w; the archive is there nevertheless, and whole, but a power cut may take it: remove it (%w)", err, removeErr)
 		}
 		return err
 	}
-	_ = s.Remove() // the caller's deferred Remove tells if it failed
+	s.removed = removed
 	return nil
 }
 

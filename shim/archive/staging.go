@@ -78,6 +78,9 @@ func Discard(location, name string) error {
 	if err := removeTree(dir, name); err != nil {
 		return fmt.Errorf("remove staging directory: %w", err)
 	}
+	if err := syncDirectory(dir); err != nil {
+		return fmt.Errorf("remove staging directory: %w", explain(dir, err))
+	}
 	return nil
 }
 
@@ -260,22 +263,40 @@ func explain(dir *os.File, err error) error {
 
 // Remove deletes the staging directory and all that is in it, and nothing else:
 // an archive that was published stays, and without one the location's directory
-// is as it was before Stage. It may be called again: after a success it does
-// nothing, after a failure it goes on where it stopped.
+// is as it was before Stage. After a success a power cut does not bring it back.
+// It may be called again: after a success it does nothing, after a failure it
+// goes on where it stopped.
 func (s *Staging) Remove() error {
 	if s.removed {
 		return nil
 	}
+	if err := s.delete(); err != nil {
+		return fmt.Errorf("remove staging directory: %w", err)
+	}
+	if err := syncDirectory(s.location.dir); err != nil {
+		return fmt.Errorf("remove staging directory: %w", s.Explain(err))
+	}
+	s.removed = true
+	return nil
+}
+
+// delete does what Remove does, but for the sync.
+func (s *Staging) delete() error {
 	closeHeads(s.ahead.end())
 	for _, f := range []*os.File{s.archive, s.images, s.dir} {
 		if f != nil {
 			f.Close() // twice is harmless
 		}
 	}
-	if err := removeTree(s.location.dir, s.name); err != nil {
-		return fmt.Errorf("remove staging directory: %w", err)
+	return removeTree(s.location.dir, s.name)
+}
+
+// syncDirectory makes durable what was made, renamed and removed in a directory.
+func syncDirectory(dir *os.File) error {
+	// EINVAL: a file system on which directories need no sync.
+	if err := dir.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
+		return err
 	}
-	s.removed = true
 	return nil
 }
 
