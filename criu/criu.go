@@ -188,11 +188,14 @@ func (d Dump) repair(ctx context.Context, killed syscall.Signal, begin time.Time
 		repaired = "crishim " + done + "; "
 	}
 	if err != nil {
-		return fmt.Errorf("criu was killed in mid-dump (%s): %snot everything could be put right: %w", killed, repaired, err)
+		return fmt.Errorf("criu was killed in mid-dump (%s): %s%w: %w", killed, repaired, ErrLeft, err)
 	}
 	return fmt.Errorf("criu was killed in mid-dump (%s), maybe for want of memory (look into the kernel's log): %sthe container was let go, "+
 		"but may have been changed by criu: restart it if it misbehaves", killed, repaired)
 }
+
+// ErrLeft says that a criu has left something which could not be put right. The error around it says what.
+var ErrLeft = errors.New("not everything could be put right")
 
 // Leftovers are what a criu could leave that began with the container at a certain moment, and wrote a log.
 func (c Container) Leftovers(begin time.Time, log string) Leftovers {

@@ -30,6 +30,7 @@ type Config struct {
 	RuntimeEndpoint string // of the runtime, in the same form
 	Criu            string // path of criu, or its name in PATH
 	Version         string // of crishim: archives say what has made them
+	State           string // directory for the records of checkpoints in flight; no other crishim uses it
 	Archive         archive.Options
 	Log             logrus.FieldLogger
 }
@@ -64,7 +65,7 @@ func Run(ctx context.Context, config Config) error {
 	defer runtime.Close()
 	checkpoints := checkpoint.New(checkpoint.Config{
 		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
-		Criu: config.Criu, Version: config.Version, Archive: config.Archive, Log: config.Log,
+		Criu: config.Criu, Version: config.Version, State: config.State, Archive: config.Archive, Log: config.Log,
 	})
 	server := grpc.NewServer()
 	defer server.Stop()
@@ -80,10 +81,10 @@ func Run(ctx context.Context, config Config) error {
 
 	served := make(chan error, 1)
 	go func() { served <- kubelet.Serve(relay.RootOnly(listener, config.Log)) }()
-	probe := make(chan struct{})
+	prepared := make(chan struct{})
 	go func() {
-		defer close(probe)
-		logProbe(ctx, checkpoints, config.Log)
+		defer close(prepared)
+		prepare(ctx, checkpoints, config.Log)
 	}()
 	config.Log.WithFields(logrus.Fields{"listen": listener.Addr().String(), "runtime": runtimePath}).Info("serving")
 	notifySystemd(config.Log, daemon.SdNotifyReady)
@@ -108,7 +109,7 @@ func Run(ctx context.Context, config Config) error {
 	if !broken {
 		err = <-served
 	}
-	<-probe
+	<-prepared
 	config.Log.Info("bye")
 	return err
 }
@@ -125,8 +126,12 @@ func dialRuntime(path string) (*grpc.ClientConn, error) {
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: reconnect, MinConnectTimeout: 3 * time.Second}))
 }
 
-// logProbe says at start what an operator would otherwise learn at the first checkpoint.
-func logProbe(ctx context.Context, checkpoints *checkpoint.Service, log logrus.FieldLogger) {
+// prepare has put right what a crishim that died has left, and says at start what an operator would otherwise learn at the first
+// checkpoint. Relaying does not wait for any of it.
+func prepare(ctx context.Context, checkpoints *checkpoint.Service, log logrus.FieldLogger) {
+	if err := checkpoints.Repair(); err != nil && ctx.Err() == nil {
+		log.Warnf("no checkpoints until this is mended, everything else works: %v", err)
+	}
 	features, err := checkpoints.Probe(ctx)
 	switch {
 	case ctx.Err() != nil:

@@ -122,6 +122,7 @@ func start(t *testing.T, config Config) (stop func()) {
 	log := logrus.New()
 	log.SetOutput(t.Output())
 	config.Log = log
+	config.State = t.TempDir()
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- Run(ctx, config) }()

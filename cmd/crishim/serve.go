@@ -40,6 +40,7 @@ Where systemd hands a socket over, that one is used instead of --listen.`,
 	flags.StringVar(&config.Listen, "listen", "unix:///run/crishim/crishim.sock", "endpoint for the kubelet: unix:///path or a path")
 	flags.StringVar(&config.RuntimeEndpoint, "runtime-endpoint", "unix:///run/containerd/containerd.sock", "endpoint of the runtime, in the same form")
 	flags.StringVar(&config.Criu, "criu", "criu", "path of the criu binary, or its name in PATH")
+	flags.StringVar(&config.State, "state-dir", "/var/lib/crishim", "directory for records of checkpoints in flight, by which a crash is put right at the next start")
 	flags.StringVar(&config.Archive.Compression, "compression", archive.None, "compression of archives: none or zstd")
 	flags.StringVar(&config.Archive.Digest, "digest", archive.SHA256, "digest of each member in an archive, for crishim verify: sha256 or none")
 	flags.StringVar(&level, "log-level", "info", "what is logged: debug, info, warn or error")

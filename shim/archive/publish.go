@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"crishim/shim/failpoint"
 )
 
 // Publish makes the assembled archive appear at its location, all at once and
@@ -28,12 +30,14 @@ func (s *Staging) Publish(ctx context.Context) error {
 	if err := s.location.inPlace(); err != nil {
 		return fmt.Errorf("publish archive: %w", err)
 	}
+	failpoint.Hit("archive synced")
 	if ctx.Err() != nil {
 		return fmt.Errorf("publish archive: %w", context.Cause(ctx))
 	}
 	if err := s.location.rename(s.dir, archiveName); err != nil {
 		return fmt.Errorf("publish archive: %w", s.Explain(err))
 	}
+	failpoint.Hit("renamed")
 	// Before the sync, which then makes both durable. If it fails, the caller's deferred Remove tells.
 	removed := s.delete() == nil
 	if err := syncDirectory(s.location.dir); err != nil {

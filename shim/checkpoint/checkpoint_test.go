@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 func serve(t *testing.T) (*node.Client, runtimeapi.RuntimeServiceClient) {
 	t.Helper()
 	containerd := node.Containerd(t)
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", Log: testLog(t)})
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", State: t.TempDir(), Log: testLog(t)})
 	socket := filepath.Join(t.TempDir(), "crishim.sock")
 	listener, err := net.Listen("unix", socket)
 	if err != nil {

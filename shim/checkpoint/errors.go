@@ -21,9 +21,12 @@ import (
 )
 
 var (
-	errInvalid  = errors.New("invalid request")
-	errInFlight = errors.New("a checkpoint of this container is in flight already")
-	errStopped  = errors.New("checkpoint was stopped")
+	errInvalid   = errors.New("invalid request")
+	errInFlight  = errors.New("a checkpoint of this container is in flight already")
+	errStopped   = errors.New("checkpoint was stopped")
+	errRepairing = errors.New("what is left of a checkpoint of this container is being put right: try again later")
+	// errLeft says that something of an attempt could not be removed, or put right.
+	errLeft = errors.New("clean up by hand, or restart crishim, which tries again")
 )
 
 // failureError is a Failure that the helper reported.
@@ -99,7 +102,9 @@ func toStatus(err error) error {
 		code = codes.Unavailable
 	case errors.Is(err, container.ErrNotFound):
 		code = codes.NotFound
-	case errors.Is(err, errInFlight), reason == crishimv1.Reason_REASON_BUSY:
+	case errors.Is(err, errJournal) && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)):
+		code = codes.ResourceExhausted
+	case errors.Is(err, errInFlight), errors.Is(err, errRepairing), reason == crishimv1.Reason_REASON_BUSY:
 		code = codes.Aborted
 	case errors.Is(err, criu.ErrUnavailable):
 		// The kubelet's end-to-end test looks for these words, and skips where it finds them.
@@ -110,7 +115,7 @@ func toStatus(err error) error {
 		code = codes.InvalidArgument
 	case errors.Is(err, archive.ErrExists), reason == crishimv1.Reason_REASON_LOCATION_EXISTS:
 		code = codes.AlreadyExists
-	case errors.Is(err, container.ErrNotRunning), errors.Is(err, container.ErrUnsupported),
+	case errors.Is(err, container.ErrNotRunning), errors.Is(err, container.ErrUnsupported), errors.Is(err, errJournal),
 		reason == crishimv1.Reason_REASON_NOT_RUNNING, reason == crishimv1.Reason_REASON_UNSUPPORTED:
 		code = codes.FailedPrecondition
 	case reason == crishimv1.Reason_REASON_NO_SPACE:

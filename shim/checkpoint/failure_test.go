@@ -335,7 +335,7 @@ func TestErrors(t *testing.T) {
 // A kubelet's end-to-end test looks for the phrase, and everything but checkpoints goes on without CRIU.
 func TestWithoutCRIU(t *testing.T) {
 	containerd := node.Containerd(t)
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "/nowhere/criu", Log: testLog(t)})
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "/nowhere/criu", State: t.TempDir(), Log: testLog(t)})
 	_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: "c", Location: location(t)})
 	const phrase = "CRIU binary not found or too old (<31600). Failed to checkpoint container"
 	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), phrase) || !strings.Contains(err.Error(), "/nowhere/criu") {
@@ -352,7 +352,7 @@ func TestCRIUIsFoundAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	installed := filepath.Join(t.TempDir(), "criu")
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: installed, Log: testLog(t)})
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: installed, State: t.TempDir(), Log: testLog(t)})
 	path := location(t)
 	request := func() error {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -391,7 +391,7 @@ func TestCRIUIsFoundAnew(t *testing.T) {
 
 func TestDrainRollsBackWhatDoesNotFinish(t *testing.T) {
 	containerd := node.Containerd(t)
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Log: testLog(t)})
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", State: t.TempDir(), Log: testLog(t)})
 	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "512"}})
 	node.WaitCount(t, 0, c.Log)
 	path := location(t)

@@ -3,6 +3,7 @@ package checkpoint
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -12,7 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protodelim"
 
+	"crishim/criu"
 	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/failpoint"
 )
 
 // HelperMain is the whole life of a helper process: one job from descriptor 3, its events back, and the exit code. The process
@@ -31,11 +34,16 @@ func HelperMain() int {
 	defer conn.Close()
 	reader := bufio.NewReader(conn)
 	job := &crishimv1.Job{}
-	if err := (protodelim.UnmarshalOptions{MaxSize: 64 << 20}).UnmarshalFrom(reader, job); err != nil {
+	err = protodelim.UnmarshalOptions{MaxSize: 64 << 20}.UnmarshalFrom(reader, job)
+	if errors.Is(err, io.EOF) {
+		return 1 // the daemon has thought better of it, and tells why; or it is dead
+	}
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "crishim %s: read job: %v\n", HelperCommand, err)
 		return 2
 	}
 
+	failpoint.Hit("job received")
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
 	defer context.AfterFunc(signals, func() { cancel(errStopped) })()
@@ -46,9 +54,11 @@ func HelperMain() int {
 		cancel(errStopped)
 	}()
 
+	alone := false
 	send := func(event *crishimv1.Event) {
 		// An error means that the daemon is dead; the watch hears of it too.
-		_, _ = protodelim.MarshalTo(conn, event)
+		_, err := protodelim.MarshalTo(conn, event)
+		alone = alone || err != nil
 	}
 	result, err := run(ctx, job, atMostEvery(100*time.Millisecond, func(p *crishimv1.Progress) {
 		send(&crishimv1.Event{Event: &crishimv1.Event_Progress{Progress: p}})
@@ -56,9 +66,14 @@ func HelperMain() int {
 		send(&crishimv1.Event{Event: &crishimv1.Event_Log{Log: &crishimv1.Log{Lines: lines}}})
 	})
 	if err != nil {
-		result = &crishimv1.Result{Failure: failure(err)}
+		result = &crishimv1.Result{Failure: failure(err), Left: errors.Is(err, errLeft) || errors.Is(err, criu.ErrLeft)}
 	}
 	send(&crishimv1.Event{Event: &crishimv1.Event_Result{Result: result}})
+	if alone && err != nil {
+		// The operator should know all the same, as of a container that criu may have changed.
+		fmt.Fprintf(os.Stderr, "crishim %s: crishim has died; the checkpoint of container %s at %s was given up: %s\n",
+			HelperCommand, job.GetContainer().GetId(), job.GetLocation(), result.GetFailure().GetMessage())
+	}
 	conn.Close()
 	<-watch
 	if err != nil {

@@ -191,7 +191,7 @@ func (l limit) test(t *testing.T, row documentedLimit) {
 	if l.after != nil {
 		l.after(t, c)
 	}
-	config := checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", Log: testLog(t)}
+	config := checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", State: t.TempDir(), Log: testLog(t)}
 	if l.criu != nil {
 		config.Criu = l.criu(t)
 	}
@@ -232,7 +232,7 @@ func TestTheLogOfAFailure(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(&output)
 	log.SetLevel(logrus.DebugLevel)
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", Log: log})
+	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", State: t.TempDir(), Log: log})
 	defer service.Drain(context.Background())
 	_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: location(t)})
 	details := status.Convert(err).Details()

@@ -153,7 +153,7 @@ func TestAConnectionThatComesLast(t *testing.T) {
 func serviceWith(t *testing.T, containerd *node.Client, criu string) *checkpoint.Service {
 	t.Helper()
 	service := checkpoint.New(checkpoint.Config{
-		Runtime: containerd.Runtime, Images: containerd.Images, Criu: criu, Version: "test", Log: testLog(t),
+		Runtime: containerd.Runtime, Images: containerd.Images, Criu: criu, Version: "test", State: t.TempDir(), Log: testLog(t),
 	})
 	t.Cleanup(func() { service.Drain(context.Background()) })
 	return service

@@ -9,24 +9,23 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protodelim"
 
-	"crishim/criu"
 	crishimv1 "crishim/proto/crishim/v1"
-	"crishim/shim/archive"
+	"crishim/shim/failpoint"
 )
 
 // HelperCommand is the argument by which the binary, started again, becomes a helper.
 const HelperCommand = "checkpoint-helper"
 
 // runHelper runs one job in a helper process and returns when that has exited. The error is a failureError where the helper
-// has answered, and wraps ctx's cause where ctx's end is what stopped it. What the helper says before its result is reported.
-func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.Event)) (*crishimv1.Result, error) {
+// has answered, and wraps ctx's cause where ctx's end is what stopped it. What the helper says before its result is reported. The
+// journal has a record of it for as long as the helper runs, and longer where something could not be removed.
+func runHelper(ctx context.Context, journal *journal, job *crishimv1.Job, report func(*crishimv1.Event)) (*crishimv1.Result, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -50,10 +49,22 @@ func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.E
 	if err != nil {
 		return nil, fmt.Errorf("start checkpoint helper: %w", err)
 	}
+	failpoint.Hit("helper started")
+	// While the helper starts. It has nothing to undo before it gets its job, and ends without one.
+	record, err := journal.begin(job, cmd.Process.Pid, begin)
+	if err != nil {
+		conn.Close()
+		_ = cmd.Wait()
+		return nil, err
+	}
+	failpoint.Hit("recorded")
 	if _, err := protodelim.MarshalTo(conn, job); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("send job to checkpoint helper: %w", errors.Join(err, cmd.Wait()))
+		err = died(cmd, record, crishimv1.Phase_PHASE_UNSPECIFIED, fmt.Errorf("send job: %w", err))
+		journal.end(record, errors.Is(err, errLeft))
+		return nil, err
 	}
+	failpoint.Hit("job sent")
 	// The end of the stream stops the helper; it still answers.
 	stop := context.AfterFunc(ctx, func() { _ = conn.CloseWrite() })
 	var phase crishimv1.Phase
@@ -65,10 +76,16 @@ func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.E
 	})
 	stop()
 	if err != nil {
-		return nil, died(cmd, job, begin, phase, err)
+		err = died(cmd, record, phase, err)
+		journal.end(record, errors.Is(err, errLeft))
+		return nil, err
 	}
+	failpoint.Hit("answered")
 	// Its exit code says what its result has said.
 	_ = cmd.Wait()
+	failpoint.Hit("helper ended")
+	journal.end(record, result.GetLeft())
+	failpoint.Hit("record removed")
 	f := result.GetFailure()
 	switch {
 	case f == nil:
@@ -80,20 +97,20 @@ func runHelper(ctx context.Context, job *crishimv1.Job, report func(*crishimv1.E
 }
 
 // died undoes what a helper has left that ended without an answer, as when the kernel killed it for want of memory, and says how
-// matters stand.
-func died(cmd *exec.Cmd, job *crishimv1.Job, begin time.Time, phase crishimv1.Phase, cause error) error {
+// matters stand. The error wraps errLeft where something is left.
+func died(cmd *exec.Cmd, record *crishimv1.Record, phase crishimv1.Phase, cause error) error {
 	_ = cmd.Process.Kill() // it is dead, or talks nonsense
 	// The container stands still until criu has gone, whether anybody waits for the answer or not. As long as the helper has
 	// not been waited for, its pid, which is its session's number, is nobody else's.
-	found, err := criu.StopOrphan(context.Background(), job.GetCriu(), job.GetContainer().GetFreezer(), cmd.Process.Pid)
-	log := filepath.Join(filepath.Dir(job.GetLocation()), job.GetStaging(), criu.LogFile)
-	done, removeErr := criuContainer(job.GetContainer()).Leftovers(begin, log).Remove(context.Background())
-	err = errors.Join(err, removeErr)
+	ctx := context.Background()
+	found, err := stopOrphan(ctx, record)
+	done, undoErr := undo(ctx, record)
+	err = errors.Join(err, undoErr)
 	if waitErr := cmd.Wait(); waitErr != nil {
 		cause = waitErr
 	}
 	runs := "the container runs on"
-	if goneErr := processOf(job.GetContainer()).Verify(); goneErr != nil {
+	if goneErr := processOf(record.GetJob().GetContainer()).Verify(); goneErr != nil {
 		runs = goneErr.Error()
 	}
 	state := "it was not at work on the container"
@@ -102,7 +119,7 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, begin time.Time, phase crishimv1.Ph
 		state = "criu was told to roll back and has ended; " + runs
 	case found, phase == crishimv1.Phase_PHASE_DUMP, phase == crishimv1.Phase_PHASE_CAPTURE:
 		// Nobody tells how a criu has ended that was not our child.
-		state = "criu is gone, too; " + runs + ", but may have been changed by criu: restart it if it misbehaves"
+		state = "criu is gone, too; " + runs + mayHaveChanged
 	case phase == crishimv1.Phase_PHASE_PUBLISH:
 		state = runs + "; if there is an archive at the location, it is whole"
 	case phase == crishimv1.Phase_PHASE_ASSEMBLE:
@@ -111,12 +128,14 @@ func died(cmd *exec.Cmd, job *crishimv1.Job, begin time.Time, phase crishimv1.Ph
 	if done != "" {
 		state = "crishim " + done + "; " + state
 	}
-	err = errors.Join(err, archive.Discard(job.GetLocation(), job.GetStaging()))
 	if err != nil {
-		return fmt.Errorf("the checkpoint helper died (%w): %s; clean up by hand: %w", cause, state, err)
+		return fmt.Errorf("the checkpoint helper died (%w): %s; %w: %w", cause, state, errLeft, err)
 	}
 	return fmt.Errorf("the checkpoint helper died (%w): %s; nothing of the checkpoint is left: try again", cause, state)
 }
+
+// mayHaveChanged is said of a container whose criu has ended nobody knows how.
+const mayHaveChanged = ", but may have been changed by criu: restart it if it misbehaves"
 
 func readResult(conn io.Reader, report func(*crishimv1.Event)) (*crishimv1.Result, error) {
 	reader := bufio.NewReader(conn)

@@ -1,6 +1,7 @@
 // Package checkpoint answers CheckpointContainer.
 //
-// The daemon's part (service.go, job.go, process.go) checks the request, describes the container and starts a helper process.
+// The daemon's part (service.go, job.go, process.go) checks the request, describes the container, starts a helper process and keeps a
+// record of it (journal.go), by which the next daemon puts right what both leave behind when they die (repair.go).
 // The helper (helper.go, steps.go) does the rest: stage, dump, capture, assemble, publish, and the undoing of each. They speak
 // the protocol of proto/crishim/v1. When the daemon stops the checkpoint, or dies, the helper sees the end of their stream,
 // rolls back and exits: the container runs again, and nothing is left behind.
@@ -30,6 +31,7 @@ type Config struct {
 	Images  runtimeapi.ImageServiceClient
 	Criu    string // name of the binary, looked for in PATH, or its path
 	Version string // of crishim
+	State   string // directory for the records of checkpoints in flight, made if need be
 	Archive archive.Options
 	Log     logrus.FieldLogger
 }
@@ -41,15 +43,17 @@ const parallel = 2
 // Service is the server of the one RPC that crishim answers itself. It is safe for concurrent use.
 type Service struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
-	config Config
-	slots  chan struct{}
+	config  Config
+	slots   chan struct{}
+	journal *journal
+	opening sync.Mutex // held while the journal is opened and containers of its records are claimed
 
 	closing context.Context // its end rolls back what is in flight
 	close   context.CancelCauseFunc
 
 	mu       sync.Mutex
 	draining bool
-	inFlight map[string]bool // by full container id
+	inFlight map[string]error // by full container id: why there can be no checkpoint now
 	running  sync.WaitGroup
 	features *criu.Features // of the last probe that succeeded
 }
@@ -58,15 +62,16 @@ type Service struct {
 func New(config Config) *Service {
 	closing, cancel := context.WithCancelCause(context.Background())
 	return &Service{
-		config: config, slots: make(chan struct{}, parallel), inFlight: make(map[string]bool),
-		closing: closing, close: cancel,
+		config: config, slots: make(chan struct{}, parallel), journal: &journal{dir: config.State, log: config.Log},
+		inFlight: make(map[string]error),
+		closing:  closing, close: cancel,
 	}
 }
 
 var errDraining = errors.New("crishim is shutting down")
 
-// Drain refuses further checkpoints and waits for those in flight. When ctx ends first they are rolled back; Drain returns when
-// the last of their helpers has exited, in any case.
+// Drain refuses further checkpoints and waits for those in flight, and for repairs. When ctx ends first they are rolled back, and repairs
+// left to the next start; Drain returns when the last of their helpers has exited, in any case. The state directory is another's then.
 func (s *Service) Drain(ctx context.Context) {
 	s.mu.Lock()
 	s.draining = true
@@ -74,6 +79,7 @@ func (s *Service) Drain(ctx context.Context) {
 	stop := context.AfterFunc(ctx, func() { s.close(errDraining) })
 	defer stop()
 	s.running.Wait()
+	s.journal.close()
 }
 
 // Probe looks for CRIU. What it found is kept for as long as the same binary is there.
@@ -138,11 +144,14 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	if err != nil {
 		return nil, err
 	}
+	if err := s.Repair(); err != nil {
+		return nil, err
+	}
 	c, err := container.Describe(ctx, s.config.Runtime, request.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
-	leave, err := s.claim(c.Status.GetId())
+	leave, err := s.claim(c.Status.GetId(), errInFlight)
 	if err != nil {
 		return nil, err
 	}
@@ -162,7 +171,7 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 		return nil, err
 	}
 	job.Compression, job.Digest = s.config.Archive.Compression, s.config.Archive.Digest
-	return runHelper(ctx, job, func(e *crishimv1.Event) {
+	return runHelper(ctx, s.journal, job, func(e *crishimv1.Event) {
 		if p := e.GetProgress(); p != nil {
 			log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")
 		}
@@ -183,14 +192,14 @@ func (s *Service) enter() error {
 	return nil
 }
 
-// claim makes sure that a container is dumped once at a time.
-func (s *Service) claim(id string) (leave func(), err error) {
+// claim makes sure that a container is dumped, or what is left of its dump put right, once at a time. Others get this reason.
+func (s *Service) claim(id string, reason error) (leave func(), err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.inFlight[id] {
-		return nil, fmt.Errorf("%w: container %s", errInFlight, id)
+	if err := s.inFlight[id]; err != nil {
+		return nil, fmt.Errorf("%w: container %s", err, id)
 	}
-	s.inFlight[id] = true
+	s.inFlight[id] = reason
 	return func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()

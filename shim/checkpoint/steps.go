@@ -16,12 +16,14 @@ import (
 	crishimv1 "crishim/proto/crishim/v1"
 	"crishim/shim/archive"
 	"crishim/shim/container"
+	"crishim/shim/failpoint"
 	"crishim/shim/rootfs"
 )
 
 // run does a job, step by step, in the helper process. Each step is undone by what stands beside it: the staging directory
 // is removed with all that was put into it, and criu rolls back a dump by itself. log gets CRIU's log of a dump that has failed.
-func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress), log func(lines []byte)) (_ *crishimv1.Result, err error) {
+// The error wraps errLeft where something is left, and the result says so.
+func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progress), log func(lines []byte)) (result *crishimv1.Result, err error) {
 	location, err := archive.OpenLocation(job.GetLocation())
 	if err != nil {
 		return nil, err
@@ -44,8 +46,13 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	}
 	defer func() {
 		// After Publish there is nothing left to remove; an archive that is there stays a success.
-		if removeErr := staging.Remove(); err != nil {
-			err = errors.Join(err, removeErr)
+		removeErr := staging.Remove()
+		switch {
+		case removeErr != nil && err != nil:
+			err = errors.Join(err, fmt.Errorf("%w: %w", errLeft, removeErr))
+		case removeErr != nil:
+			fmt.Fprintf(os.Stderr, "crishim %s: the archive is complete, but %v\n", HelperCommand, removeErr)
+			result.Left = true
 		}
 	}()
 	for _, member := range job.GetMembers() {
@@ -57,6 +64,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		return nil, err
 	}
 
+	failpoint.Hit("staged")
 	capture := &capture{container: job.GetContainer(), process: process, staging: staging}
 	defer capture.close()
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_COPY})
@@ -64,6 +72,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		return nil, fmt.Errorf("capture changes of the root file system: %w", staging.Explain(err))
 	}
 
+	failpoint.Hit("copied")
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_DUMP})
 	if job.GetDigest() != archive.None {
 		staging.Follow(ctx)
@@ -81,7 +90,10 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		Work:      staging.Dir(),
 		PostDump: func() error {
 			progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_CAPTURE})
-			return capture.run(ctx)
+			failpoint.Hit("memory written")
+			err := capture.run(ctx)
+			failpoint.Hit("captured")
+			return err
 		},
 	}.Run(ctx)
 	if err != nil {
@@ -91,6 +103,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		return nil, err
 	}
 
+	failpoint.Hit("dumped")
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_ASSEMBLE})
 	if err := capture.copyLog(); err != nil {
 		return nil, err
@@ -104,10 +117,12 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Hit("assembled")
 	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_PUBLISH, Bytes: size})
 	if err := staging.Publish(ctx); err != nil {
 		return nil, err
 	}
+	failpoint.Hit("published")
 	return &crishimv1.Result{
 		Size:         size,
 		FreezingUs:   uint32(stats.Freezing.Microseconds()),

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -13,14 +14,17 @@ import (
 // CrishimSocket is where StartCrishim has crishim listen, in the node.
 const CrishimSocket = "/run/crishim/crishim.sock"
 
-// BuildCrishim builds the binary of the source tree that the working directory is in, static as a release is, into dir. In a virtual
-// machine, where it is installed, it returns that one.
-func BuildCrishim(ctx context.Context, dir string) (path string, err error) {
+// CrishimState is the state directory of a crishim of that name, in the node.
+func CrishimState(name string) string { return filepath.Join("/var/lib/crishim", name) }
+
+// BuildCrishim builds the binary of the source tree that the working directory is in, static as a release is, into dir, with the build
+// tags if there are any. In a virtual machine, where it is installed, it returns that one.
+func BuildCrishim(ctx context.Context, dir string, tags ...string) (path string, err error) {
 	if os.Getenv(InMachine) != "" {
 		return crishimPath, nil
 	}
 	path = filepath.Join(dir, "crishim")
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-o", path, "crishim/cmd/crishim")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags", strings.Join(tags, ","), "-o", path, "crishim/cmd/crishim")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build crishim: %w: %s", err, out)
@@ -46,7 +50,7 @@ func (n *Node) StartCrishimAt(ctx context.Context, name, socket, binary string, 
 		}
 	}
 	daemon, err := n.StartDaemon(name, target, append([]string{"serve",
-		"--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + ContainerdSocket}, args...)...)
+		"--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + ContainerdSocket, "--state-dir", CrishimState(name)}, args...)...)
 	if err != nil {
 		return nil, err
 	}

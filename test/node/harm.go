@@ -17,7 +17,7 @@ func (n *Node) Unharmed(t testing.TB, dir string, output func() (string, error))
 	t.Helper()
 	complaint := ""
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if complaint = n.harm(t, dir); complaint == "" {
+		if complaint = n.Harm(t, dir); complaint == "" {
 			WaitMore(t, output)
 			return
 		}
@@ -25,7 +25,8 @@ func (n *Node) Unharmed(t testing.TB, dir string, output func() (string, error))
 	t.Error(complaint)
 }
 
-func (n *Node) harm(t testing.TB, dir string) string {
+// Harm says what Unharmed would complain of just now, empty for nothing. That workloads go on is not looked at.
+func (n *Node) Harm(t testing.TB, dir string) string {
 	t.Helper()
 	if left := n.Listing(t, dir); left != "" {
 		return "left behind:\n" + left
@@ -41,8 +42,9 @@ func (n *Node) harm(t testing.TB, dir string) string {
 		}
 		command, _ := os.ReadFile(dir + "/cmdline")
 		name := strings.Split(string(command), "\x00")
+		comm, _ := os.ReadFile(dir + "/comm") // a criu that dumps has written over its command line
 		switch {
-		case strings.HasSuffix(name[0], "criu"), len(name) > 1 && name[1] == "checkpoint-helper":
+		case string(comm) == "criu\n", len(name) > 1 && name[1] == "checkpoint-helper":
 			return "still runs: " + strings.Join(name, " ")
 		case !strings.HasSuffix(name[0], "workload"):
 			continue

@@ -39,12 +39,12 @@ func (c *Client) Run(t testing.TB, spec Spec) *Container {
 	return container
 }
 
-// Crishim builds crishim for a test that drives nodes from the host, and returns the binary. It skips the test where it cannot
-// run.
-func Crishim(t testing.TB) string {
+// Crishim builds crishim for a test that drives nodes from the host, with the build tags if there are any, and returns the binary. It
+// skips the test where it cannot run.
+func Crishim(t testing.TB, tags ...string) string {
 	t.Helper()
 	RequireRoot(t, testing.Short())
-	binary, err := BuildCrishim(t.Context(), t.TempDir())
+	binary, err := BuildCrishim(t.Context(), t.TempDir(), tags...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -795,10 +795,12 @@ type Result struct {
 	// Size of the archive in bytes.
 	Size int64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
 	// CRIU's own statistics, in microseconds.
-	FreezingUs    uint32 `protobuf:"varint,3,opt,name=freezing_us,json=freezingUs,proto3" json:"freezing_us,omitempty"`
-	FrozenUs      uint32 `protobuf:"varint,4,opt,name=frozen_us,json=frozenUs,proto3" json:"frozen_us,omitempty"`
-	MemoryDumpUs  uint32 `protobuf:"varint,5,opt,name=memory_dump_us,json=memoryDumpUs,proto3" json:"memory_dump_us,omitempty"`
-	PagesWritten  uint64 `protobuf:"varint,6,opt,name=pages_written,json=pagesWritten,proto3" json:"pages_written,omitempty"`
+	FreezingUs   uint32 `protobuf:"varint,3,opt,name=freezing_us,json=freezingUs,proto3" json:"freezing_us,omitempty"`
+	FrozenUs     uint32 `protobuf:"varint,4,opt,name=frozen_us,json=frozenUs,proto3" json:"frozen_us,omitempty"`
+	MemoryDumpUs uint32 `protobuf:"varint,5,opt,name=memory_dump_us,json=memoryDumpUs,proto3" json:"memory_dump_us,omitempty"`
+	PagesWritten uint64 `protobuf:"varint,6,opt,name=pages_written,json=pagesWritten,proto3" json:"pages_written,omitempty"`
+	// Something of the attempt could not be removed, or put right. The message of the failure, or the helper's log, says what.
+	Left          bool `protobuf:"varint,7,opt,name=left,proto3" json:"left,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -873,6 +875,13 @@ func (x *Result) GetPagesWritten() uint64 {
 		return x.PagesWritten
 	}
 	return 0
+}
+
+func (x *Result) GetLeft() bool {
+	if x != nil {
+		return x.Left
+	}
+	return false
 }
 
 // Log is the next piece of CRIU's log, whole lines, after a dump that has failed.
@@ -1018,6 +1027,88 @@ func (*Event_Result) isEvent_Event() {}
 
 func (*Event_Log) isEvent_Event() {}
 
+// Record is what the daemon keeps on disk of a checkpoint in flight, so that the next daemon can put right what both this one
+// and its helper leave behind when they die.
+type Record struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the kernel that ran: /proc/sys/kernel/random/boot_id. After another boot nothing but the disk needs repair.
+	BootId string `protobuf:"bytes,1,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	// The helper, which leads a session of its own: its pid, and field 22 of /proc/PID/stat.
+	HelperPid       int32  `protobuf:"varint,2,opt,name=helper_pid,json=helperPid,proto3" json:"helper_pid,omitempty"`
+	HelperStartTime uint64 `protobuf:"varint,3,opt,name=helper_start_time,json=helperStartTime,proto3" json:"helper_start_time,omitempty"`
+	// Just before the helper was started, in nanoseconds since 1970.
+	BeginNs int64 `protobuf:"varint,4,opt,name=begin_ns,json=beginNs,proto3" json:"begin_ns,omitempty"`
+	// What the helper was sent, as far as a repair needs it: location, criu, staging and container.
+	Job           *Job `protobuf:"bytes,5,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Record) Reset() {
+	*x = Record{}
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Record) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Record) ProtoMessage() {}
+
+func (x *Record) ProtoReflect() protoreflect.Message {
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Record.ProtoReflect.Descriptor instead.
+func (*Record) Descriptor() ([]byte, []int) {
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Record) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
+func (x *Record) GetHelperPid() int32 {
+	if x != nil {
+		return x.HelperPid
+	}
+	return 0
+}
+
+func (x *Record) GetHelperStartTime() uint64 {
+	if x != nil {
+		return x.HelperStartTime
+	}
+	return 0
+}
+
+func (x *Record) GetBeginNs() int64 {
+	if x != nil {
+		return x.BeginNs
+	}
+	return 0
+}
+
+func (x *Record) GetJob() *Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
 var File_crishim_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_crishim_v1_checkpoint_proto_rawDesc = "" +
@@ -1073,7 +1164,7 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\aFailure\x12*\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x12.crishim.v1.ReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x10\n" +
-	"\x03log\x18\x03 \x03(\tR\x03log\"\xd4\x01\n" +
+	"\x03log\x18\x03 \x03(\tR\x03log\"\xe8\x01\n" +
 	"\x06Result\x12-\n" +
 	"\afailure\x18\x01 \x01(\v2\x13.crishim.v1.FailureR\afailure\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x1f\n" +
@@ -1081,14 +1172,22 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"freezingUs\x12\x1b\n" +
 	"\tfrozen_us\x18\x04 \x01(\rR\bfrozenUs\x12$\n" +
 	"\x0ememory_dump_us\x18\x05 \x01(\rR\fmemoryDumpUs\x12#\n" +
-	"\rpages_written\x18\x06 \x01(\x04R\fpagesWritten\"\x1b\n" +
+	"\rpages_written\x18\x06 \x01(\x04R\fpagesWritten\x12\x12\n" +
+	"\x04left\x18\a \x01(\bR\x04left\"\x1b\n" +
 	"\x03Log\x12\x14\n" +
 	"\x05lines\x18\x01 \x01(\fR\x05lines\"\x97\x01\n" +
 	"\x05Event\x122\n" +
 	"\bprogress\x18\x01 \x01(\v2\x14.crishim.v1.ProgressH\x00R\bprogress\x12,\n" +
 	"\x06result\x18\x02 \x01(\v2\x12.crishim.v1.ResultH\x00R\x06result\x12#\n" +
 	"\x03log\x18\x03 \x01(\v2\x0f.crishim.v1.LogH\x00R\x03logB\a\n" +
-	"\x05event*x\n" +
+	"\x05event\"\xaa\x01\n" +
+	"\x06Record\x12\x17\n" +
+	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12\x1d\n" +
+	"\n" +
+	"helper_pid\x18\x02 \x01(\x05R\thelperPid\x12*\n" +
+	"\x11helper_start_time\x18\x03 \x01(\x04R\x0fhelperStartTime\x12\x19\n" +
+	"\bbegin_ns\x18\x04 \x01(\x03R\abeginNs\x12!\n" +
+	"\x03job\x18\x05 \x01(\v2\x0f.crishim.v1.JobR\x03job*x\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -1121,7 +1220,7 @@ func file_crishim_v1_checkpoint_proto_rawDescGZIP() []byte {
 }
 
 var file_crishim_v1_checkpoint_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_crishim_v1_checkpoint_proto_goTypes = []any{
 	(Phase)(0),        // 0: crishim.v1.Phase
 	(Reason)(0),       // 1: crishim.v1.Reason
@@ -1136,6 +1235,7 @@ var file_crishim_v1_checkpoint_proto_goTypes = []any{
 	(*Result)(nil),    // 10: crishim.v1.Result
 	(*Log)(nil),       // 11: crishim.v1.Log
 	(*Event)(nil),     // 12: crishim.v1.Event
+	(*Record)(nil),    // 13: crishim.v1.Record
 }
 var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
 	3,  // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
@@ -1149,11 +1249,12 @@ var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
 	8,  // 8: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
 	10, // 9: crishim.v1.Event.result:type_name -> crishim.v1.Result
 	11, // 10: crishim.v1.Event.log:type_name -> crishim.v1.Log
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	2,  // 11: crishim.v1.Record.job:type_name -> crishim.v1.Job
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_crishim_v1_checkpoint_proto_init() }
@@ -1172,7 +1273,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_crishim_v1_checkpoint_proto_rawDesc), len(file_crishim_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
