@@ -3,13 +3,11 @@ package checkpoint_test
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -80,86 +78,6 @@ func leftovers(t *testing.T, c *node.Container) string {
 		t.Fatal(err)
 	}
 	return strings.Join(left, "; ")
-}
-
-// criu and the helper are killed at any moment, one after the other or both. Where criu is killed just while it has the container
-// execute something, the container may not survive, and nothing is left all the same.
-func TestKillsAtAnyMoment(t *testing.T) {
-	const times = 12
-	containerd, crishim := serve(t)
-	start := func() *node.Container {
-		c := containerd.Run(t, node.Spec{Command: []string{"/bin/sh", "-c", withEverything}})
-		node.WaitCount(t, 0, c.Log)
-		return c
-	}
-	c := start()
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	random := rand.New(rand.NewPCG(seed, 0))
-	for n := range times {
-		path := location(t)
-		wait := time.Duration(random.IntN(700)) * time.Millisecond
-		which := []string{"criu", "helper", "both"}[n%3]
-		result := make(chan error, 1)
-		go func() {
-			_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
-			result <- err
-		}()
-		time.Sleep(wait) // the moment is what is tested
-		if which != "criu" {
-			killAll(t, helpers(t))
-		}
-		if which != "helper" {
-			killAll(t, criuProcesses(t))
-		}
-		err := <-result
-		t.Logf("%s killed after %s: %v", which, wait, err)
-		if err == nil {
-			if err := os.Remove(path); err != nil {
-				t.Error(err)
-			}
-		}
-		if which != "helper" && err != nil && !goesOn(t, c) {
-			t.Logf("the container has not survived it")
-			c = start()
-		}
-		unharmed(t, c, path)
-		if left := leftovers(t, c); left != "" {
-			t.Errorf("left behind: %s", left)
-		}
-		if t.Failed() {
-			return
-		}
-		if err := os.Remove(filepath.Dir(path)); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// goesOn says whether a container counts within 10 s, or has ended.
-func goesOn(t *testing.T, c *node.Container) bool {
-	t.Helper()
-	log, err := c.Log()
-	if err != nil {
-		t.Fatal(err)
-	}
-	before := node.LastCount(log)
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if log, err = c.Log(); err != nil {
-			t.Fatal(err)
-		}
-		if node.LastCount(log) > before {
-			return true
-		}
-	}
-	state, err := c.State(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if state == runtimeapi.ContainerState_CONTAINER_RUNNING {
-		t.Error("the container stands still")
-	}
-	return false
 }
 
 func killAll(t *testing.T, pids []int) {

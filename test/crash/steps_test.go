@@ -1,0 +1,316 @@
+package crash
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/failpoint"
+	"crishim/test/node"
+)
+
+// What is at the location after a kill at some step.
+type outcome int
+
+const (
+	nothing outcome = iota
+	whole
+	either // it depends on who is faster
+)
+
+// step is a point at which everything is held, and then killed.
+type step struct {
+	name string
+	// daemon says that the daemon is held, not the helper; criu that criu lives.
+	daemon, criu bool
+	after        outcome
+}
+
+// midDump is the step at which criu itself is held, while it writes memory.
+const midDump = "memory is written"
+
+var steps = []step{
+	{name: "helper started", daemon: true, after: nothing},
+	{name: "recorded", daemon: true, after: nothing},
+	{name: "job sent", daemon: true, after: either},
+	{name: "job received", after: nothing},
+	{name: "staged", after: nothing},
+	{name: "copied", after: nothing},
+	{name: midDump, criu: true, after: nothing},
+	{name: "memory written", criu: true, after: nothing},
+	{name: "captured", criu: true, after: nothing},
+	{name: "dumped", after: either},
+	{name: "assembled", after: either},
+	{name: "archive synced", after: either},
+	{name: "renamed", after: whole},
+	{name: "published", after: whole},
+	{name: "answered", daemon: true, after: whole},
+	{name: "helper ended", daemon: true, after: whole},
+	{name: "record removed", daemon: true, after: whole},
+}
+
+// Each step of a checkpoint is killed at: the daemon, the helper and criu, one by one and together.
+func TestKillsAtEachStep(t *testing.T) {
+	b := newBed(t, "failpoint")
+	c := b.run(64)
+	for _, step := range steps {
+		for _, v := range anyOf {
+			if v.criu && !step.criu {
+				continue
+			}
+			if !b.part(t, step.name+": "+v.String(), func() { b.killAt(c, step, v) }) {
+				return
+			}
+		}
+	}
+}
+
+// part is a subtest on the same node.
+func (b *bed) part(t *testing.T, name string, test func()) bool {
+	return t.Run(name, func(t *testing.T) {
+		defer func(t *testing.T) { b.t = t }(b.t)
+		b.t = t
+		test()
+	})
+}
+
+// hold makes a checkpoint and holds it at a step, until letGo is called.
+func (b *bed) hold(c subject, step step) (ended <-chan error, letGo func()) {
+	b.t.Helper()
+	if step.name == midDump {
+		held, ended := node.HoldCheckpoint(b.t, b.Path(checkpoints), b.Path(location), func() error { return <-b.checkpoint(c) })
+		return ended, held.Release
+	}
+	b.failpoint(step.name)
+	ended = b.checkpoint(c)
+	pids := b.stopped(step.daemon)
+	b.failpoint("")
+	return ended, func() {
+		for _, pid := range pids {
+			_ = unix.Kill(pid, unix.SIGCONT) // it may be dead
+		}
+	}
+}
+
+// failpoint names the point at which the next process is to stop, none if empty.
+func (b *bed) failpoint(name string) {
+	b.t.Helper()
+	if err := os.WriteFile(b.Path(failpoint.File), []byte(name), 0o600); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// stopped waits until the daemon, or the helper, has stopped itself. The daemon's parent is the nsenter by which it came into the node, and
+// stops with it.
+func (b *bed) stopped(daemon bool) (pids []int) {
+	b.t.Helper()
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
+		if daemon {
+			pid := b.Daemon("crishim").Pid()
+			if parent := parentOf(pid); pid != 0 && state(pid) == "T" && state(parent) == "T" {
+				return []int{pid, parent}
+			}
+			continue
+		}
+		helpers, _ := b.processes()
+		for _, pid := range helpers {
+			if state(pid) == "T" {
+				return []int{pid}
+			}
+		}
+	}
+	b.t.Fatal("nobody comes to the point")
+	return nil
+}
+
+func (b *bed) killAt(c subject, step step, v victims) {
+	b.t.Helper()
+	ended, letGo := b.hold(c, step)
+	b.kill(v)
+	since := time.Now()
+	letGo()
+	if v.daemon {
+		b.start()
+	}
+	err := <-ended
+	b.t.Logf("the answer: %v", err)
+	b.settled(c, since, true)
+	there := b.takeArchive()
+	if step.after == nothing && there || step.after == whole && !there {
+		b.t.Errorf("is there an archive? %t", there)
+	}
+	var want []string
+	switch {
+	case v.daemon && !step.daemon:
+		if status.Code(err) != codes.Unavailable {
+			b.t.Errorf("the answer is %v, want Unavailable: the daemon is dead", err)
+		}
+		return
+	case v.daemon, step.daemon && step.name != "helper started" && step.name != "recorded" && step.name != "job sent":
+		return // it may have answered before
+	case v.helper && v.criu:
+		want = []string{"criu is gone, too", "may have been changed by criu", "nothing of the checkpoint is left"}
+	case v.helper && step.after == whole:
+		want = []string{"if there is an archive at the location, it is whole"}
+	case v.helper && step.name == midDump:
+		want = []string{"criu was told to roll back and has ended; the container runs on; nothing of the checkpoint is left: try again"}
+	case v.helper:
+		want = []string{"the checkpoint helper died", "nothing of the checkpoint is left: try again"}
+	case v.criu:
+		want = []string{"criu was killed in mid-dump (killed)", "may have been changed by criu"}
+	}
+	for _, words := range want {
+		if status.Code(err) != codes.Internal || !strings.Contains(err.Error(), words) {
+			b.t.Errorf("the answer is %v, want Internal with %q", err, words)
+		}
+	}
+}
+
+// A repair may be killed as well, over and over: the next start does what is left to do.
+func TestKillsDuringARepair(t *testing.T) {
+	b := newBed(t, "failpoint")
+	c := b.run(64)
+	_, letGo := b.hold(c, step{name: midDump})
+	b.kill(victims{daemon: true, helper: true, criu: true})
+	since := time.Now()
+	letGo()
+	for _, point := range []string{"repair begun", "repair done"} {
+		b.failpoint(point)
+		before, started := b.Daemon("crishim"), make(chan struct{})
+		go func() {
+			defer close(started)
+			_, _ = b.StartCrishim(b.t.Context(), b.binary) // it relays before it is stopped, or is killed before it relays
+		}()
+		for b.Daemon("crishim") == before {
+			time.Sleep(2 * time.Millisecond)
+		}
+		b.stopped(true)
+		b.kill(victims{daemon: true})
+		<-started
+	}
+	b.failpoint("")
+	b.start()
+	b.settled(c, since, true)
+	if b.takeArchive() {
+		t.Error("there is an archive")
+	}
+	if err := <-b.checkpoint(c); err != nil {
+		t.Errorf("the next checkpoint: %v", err)
+	}
+}
+
+// After a power cut only the disk is there. It is brought about by a record that says it is of another boot.
+func TestAPowerCut(t *testing.T) {
+	b := newBed(t, "failpoint")
+	for _, test := range []struct {
+		step
+		there bool // an archive
+	}{
+		{step{name: "staged"}, false},
+		{step{name: midDump, criu: true}, false},
+		{step{name: "assembled"}, false},
+		{step{name: "archive synced"}, false},
+		{step{name: "renamed"}, true},
+	} {
+		if !b.part(t, test.name, func() { b.cutPower(test.step, test.there) }) {
+			return
+		}
+	}
+}
+
+func (b *bed) cutPower(step step, there bool) {
+	b.t.Helper()
+	c := b.run(64)
+	upper := b.upper(c)
+	_, letGo := b.hold(c, step)
+	b.kill(victims{daemon: true, helper: true, criu: true})
+	letGo()
+	// It would not have survived.
+	if _, err := b.direct.Runtime.StopPodSandbox(b.t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: c.PodID}); err != nil {
+		b.t.Fatal(err)
+	}
+	links := func() []string {
+		links, err := filepath.Glob(filepath.Join(upper, "root/link_remap.*"))
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		return links
+	}
+	if step.criu && len(links()) == 0 {
+		b.t.Error("criu has not added a name to the deleted file: the test shows less than it should")
+	}
+	records, err := filepath.Glob(b.Path(node.CrishimState("crishim") + "/*.json"))
+	if err != nil || len(records) != 1 {
+		b.t.Fatalf("records are %q, %v, want one", records, err)
+	}
+	b.fromAnotherBoot(records[0])
+	b.start()
+	for deadline := time.Now().Add(within); ; time.Sleep(5 * time.Millisecond) {
+		complaint := b.left(c, true)
+		if complaint == "" {
+			break
+		}
+		if time.Now().After(deadline) {
+			b.t.Fatal(complaint)
+		}
+	}
+	if left := links(); len(left) > 0 {
+		b.t.Errorf("left in the container's layer: %q", left)
+	}
+	if got := b.takeArchive(); got != there {
+		b.t.Errorf("is there an archive? %t", got)
+	}
+	if err := c.Remove(context.Background()); err != nil {
+		b.t.Error(err)
+	}
+}
+
+func (b *bed) fromAnotherBoot(path string) {
+	b.t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	record := &crishimv1.Record{}
+	if err := protojson.Unmarshal(content, record); err != nil {
+		b.t.Fatal(err)
+	}
+	record.BootId = "another"
+	if content, err = protojson.Marshal(record); err == nil {
+		err = os.WriteFile(path, content, 0o600)
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// upper is the writable layer of a container, by a path of the host.
+func (b *bed) upper(c subject) string {
+	b.t.Helper()
+	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mounts", b.Pid()))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if !strings.Contains(line, c.ID) {
+			continue
+		}
+		if _, options, ok := strings.Cut(line, "upperdir="); ok {
+			upper, _, _ := strings.Cut(options, ",")
+			return b.Path(upper)
+		}
+	}
+	b.t.Fatal("the container's mount is not found")
+	return ""
+}
