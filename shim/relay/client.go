@@ -40,12 +40,8 @@ func newClientPump(l *link, in *frameReader) *clientPump {
 // or the link has ended.
 func (p *clientPump) run() error {
 	l := p.l
+	l.client.conn.idle = func() { l.flushNow(&l.runtime) }
 	for {
-		if !p.in.ready() { // flush before waiting for more
-			l.mu.Lock()
-			l.flush(&l.runtime)
-			l.mu.Unlock()
-		}
 		f, err := p.in.next()
 		if err != nil {
 			return err
@@ -235,7 +231,7 @@ func (p *clientPump) frame(f frame) error {
 		l.runtime.add(f.raw)
 	case http2.FramePing:
 		if !f.has(http2.FlagPingAck) {
-			l.client.send(appendPong(nil, f))
+			l.pong(&l.client, f)
 		}
 	}
 	// GOAWAY concerns streams that the runtime opens: there are none. PRIORITY

@@ -125,16 +125,6 @@ func newFrameReader(r io.Reader) *frameReader {
 	return &frameReader{br: bufio.NewReaderSize(r, readBuffer)}
 }
 
-// ready reports whether next returns without reading from the connection.
-func (r *frameReader) ready() bool {
-	n := r.br.Buffered() - r.used
-	if n < frameHeaderLen {
-		return false
-	}
-	b, _ := r.br.Peek(r.used + frameHeaderLen)
-	return n >= frameHeaderLen+frameLen(b[r.used:])
-}
-
 func (r *frameReader) next() (frame, error) {
 	r.br.Discard(r.used)
 	r.used = 0

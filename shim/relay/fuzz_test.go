@@ -6,10 +6,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"testing"
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
 )
 
 // FuzzRelayClientBytes feeds the relay whatever bytes from the client and then
@@ -85,8 +87,8 @@ func FuzzRelayClientBytes(f *testing.F) {
 			client = append(append([]byte(http2.ClientPreface), hello...), client...)
 			runtime = append(bytes.Clone(hello), runtime...)
 		}
-		toRuntime, runtimeSide := net.Pipe()
-		clientSide, accepted := net.Pipe()
+		toRuntime, runtimeSide := socketPair(t)
+		clientSide, accepted := socketPair(t)
 		dials := make(chan net.Conn, 1)
 		dials <- toRuntime
 		s := New(Config{
@@ -162,4 +164,21 @@ func wholeFrames(conn net.Conn, preface int) error {
 			}
 		}
 	}
+}
+
+// socketPair returns the two ends of a connection.
+func socketPair(t *testing.T) (net.Conn, net.Conn) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns [2]net.Conn
+	for i, fd := range fds {
+		file := os.NewFile(uintptr(fd), "socket")
+		if conns[i], err = net.FileConn(file); err != nil {
+			t.Fatal(err)
+		}
+		file.Close()
+	}
+	return conns[0], conns[1]
 }

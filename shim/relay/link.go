@@ -36,6 +36,8 @@ type link struct {
 	ended   bool
 	client  outlet
 	runtime outlet
+	tick    *time.Timer // calls pongsDue
+	ticking bool
 
 	attached bool   // there is a runtime at the other end
 	cause    string // why not
@@ -61,7 +63,7 @@ type stream struct {
 	done     bool // the runtime sent END_STREAM
 }
 
-func newLink(s *Server, conn net.Conn) *link {
+func newLink(s *Server, conn *socket) *link {
 	l := &link{
 		s:       s,
 		told:    maxStreamID,
@@ -72,6 +74,8 @@ func newLink(s *Server, conn net.Conn) *link {
 	l.changed = sync.NewCond(&l.mu)
 	l.client = outlet{conn: conn, wake: sync.NewCond(&l.mu)}
 	l.runtime = outlet{wake: sync.NewCond(&l.mu), closed: true}
+	l.tick = time.AfterFunc(pongDelay, l.pongsDue)
+	l.tick.Stop()
 	l.ctx, l.cancel = context.WithCancel(s.ctx)
 	return l
 }
@@ -153,7 +157,7 @@ func readSettings(in *frameReader) (frame, error) {
 
 // upstream is a connection to the runtime whose SETTINGS have been read.
 type upstream struct {
-	conn     net.Conn
+	conn     *socket
 	in       *frameReader
 	settings frame
 }
@@ -187,8 +191,13 @@ func (l *link) attach(client frame) (*upstream, error) {
 }
 
 func (l *link) greet(ctx context.Context, hello []byte) (*upstream, error) {
-	conn, err := l.s.cfg.Dial(ctx)
+	dialed, err := l.s.cfg.Dial(ctx)
 	if err != nil {
+		return nil, err
+	}
+	conn, err := newSocket(dialed)
+	if err != nil {
+		dialed.Close()
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
@@ -278,6 +287,10 @@ func (l *link) end() {
 	}
 	l.ended = true
 	l.cancel()
+	if l.ticking && l.tick.Stop() {
+		l.ticking = false
+		l.own.Done()
+	}
 	for _, o := range []*outlet{&l.client, &l.runtime} {
 		if o.conn != nil {
 			o.conn.SetReadDeadline(time.Unix(1, 0))
@@ -355,13 +368,14 @@ func (l *link) release() {
 	}
 }
 
-// settle gives the runtime as much of the client's connection window as is free.
-func (l *link) settle() {
-	if l.attached {
-		if n := l.account.repay(); n > 0 {
-			l.runtime.send(appendWindowUpdate(nil, 0, n))
-		}
+// settle gives the runtime as much of the client's connection window as is free, and reports whether that is anything. The caller
+// flushes or nudges.
+func (l *link) settle() bool {
+	if !l.attached {
+		return false
 	}
+	n := l.account.repay()
+	return n > 0 && l.runtime.owe(appendWindowUpdate(nil, 0, n))
 }
 
 // finish ends a stream with a status of the relay's own: as its answer, or as

@@ -1,8 +1,8 @@
 package relay
 
 import (
-	"net"
 	"sync"
+	"time"
 )
 
 const (
@@ -12,6 +12,11 @@ const (
 	// owedLimit bounds what a peer makes the relay answer (PING, window given
 	// back) without reading the answers: past it the relay stops reading it.
 	owedLimit = 64 << 10
+	// pongDelay is how long the answer to a PING may wait for something that it can be written with, unless there are pongLimit
+	// bytes of answers. grpc-go sends a PING with nearly every call, to measure: an answer by itself would double the writes
+	// of a call, and its CPU time.
+	pongDelay = 5 * time.Millisecond
+	pongLimit = 1 << 10
 )
 
 // An outlet is the writing half of one connection. All fields but conn are
@@ -22,7 +27,7 @@ const (
 // room first, and writes it with flush; that may block, which is the back
 // pressure. What others append is written by the link's flusher goroutine.
 type outlet struct {
-	conn    net.Conn
+	conn    *socket
 	buf     []byte // whole frames, waiting
 	spare   []byte // the buffer being written, or free
 	writing bool
@@ -41,10 +46,45 @@ func (o *outlet) add(frames []byte) {
 
 // send appends what the relay itself has to say and wakes the flusher.
 func (o *outlet) send(frames []byte) {
-	if !o.closed {
-		o.buf = append(o.buf, frames...)
-		o.owed += len(frames)
+	if o.owe(frames) {
 		o.nudge()
+	}
+}
+
+// owe appends what the relay itself has to say and reports whether there is anybody to say it to: then the caller sees to
+// it that it is written.
+func (o *outlet) owe(frames []byte) bool {
+	if o.closed {
+		return false
+	}
+	o.buf = append(o.buf, frames...)
+	o.owed += len(frames)
+	return true
+}
+
+// pong answers a PING. The answer goes with what is written next, or by itself when pongDelay is over.
+func (l *link) pong(o *outlet, ping frame) {
+	switch {
+	case !o.owe(appendPong(nil, ping)):
+	case o.owed > pongLimit:
+		o.nudge()
+	case !l.ticking && !l.ended:
+		l.ticking = true
+		l.own.Add(1)
+		l.tick.Reset(pongDelay)
+	}
+}
+
+// pongsDue has written what is waiting.
+func (l *link) pongsDue() {
+	defer l.own.Done()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ticking = false
+	for _, o := range []*outlet{&l.client, &l.runtime} {
+		if len(o.buf) > 0 {
+			o.nudge()
+		}
 	}
 }
 
@@ -75,6 +115,13 @@ func (l *link) flush(o *outlet) {
 		}
 		l.changed.Broadcast()
 	}
+}
+
+// flushNow is flush for who does not hold l.mu.
+func (l *link) flushNow(o *outlet) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.flush(o)
 }
 
 // room waits until o takes more, or the link ends. The caller holds l.mu.

@@ -42,7 +42,7 @@ const (
 type Config struct {
 	// Dial opens a connection to the runtime. It is called once for each
 	// accepted connection, again every few milliseconds while it fails, and
-	// must obey ctx.
+	// must obey ctx. Like the accepted ones, the connection must be a socket.
 	Dial func(ctx context.Context) (net.Conn, error)
 
 	// Handlers serve the streams whose :path is exactly one of the keys, such
@@ -162,7 +162,13 @@ func (s *Server) isClosed() bool {
 
 // start relays one accepted connection in a goroutine that Shutdown waits for.
 func (s *Server) start(conn net.Conn) {
-	l := newLink(s, conn)
+	socket, err := newSocket(conn)
+	if err != nil {
+		s.cfg.Log.WithError(err).Error("closing a connection")
+		conn.Close()
+		return
+	}
+	l := newLink(s, socket)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {

@@ -36,12 +36,8 @@ func (l *link) pumpRuntime(in *frameReader) {
 
 func (l *link) fromRuntime(in *frameReader) error {
 	var block block
+	l.runtime.conn.idle = func() { l.flushNow(&l.client) }
 	for {
-		if !in.ready() { // flush before waiting for more
-			l.mu.Lock()
-			l.flush(&l.client)
-			l.mu.Unlock()
-		}
 		f, err := in.next()
 		if err != nil {
 			return err
@@ -105,7 +101,9 @@ func (l *link) runtimeFrame(f frame) error {
 			return err
 		}
 		l.answer(f.id, f.raw, f.has(http2.FlagDataEndStream))
-		l.settle() // when it was dropped, or held without its padding
+		if l.settle() { // it was dropped, or held without its padding
+			l.runtime.nudge()
+		}
 	case http2.FrameRSTStream:
 		if st := l.streams[f.id]; st != nil && st.served == nil {
 			l.deliver(f.id, f.raw)
@@ -134,7 +132,7 @@ func (l *link) runtimeFrame(f frame) error {
 		l.client.add(appendSettings(nil, settings))
 	case http2.FramePing:
 		if !f.has(http2.FlagPingAck) {
-			l.runtime.send(appendPong(nil, f))
+			l.pong(&l.runtime, f)
 		}
 	case http2.FrameGoAway:
 		l.runtimeGoAway(f)
