@@ -84,7 +84,7 @@ func NewCopy(layer Layer, processes func() ([]int, error), spools [4]*os.File) *
 }
 
 // Begin makes the first pass, which may be left out. It can take as long as it takes to copy
-// the layer once. What is deleted or changed meanwhile is no error.
+// the layer once and have it on the disk. What is deleted or changed meanwhile is no error.
 func (c *Copy) Begin(ctx context.Context) error {
 	err := c.begin(ctx)
 	if err != nil {
@@ -116,7 +116,10 @@ func (c *Copy) begin(ctx context.Context) error {
 	if err := k.run(c.first); err != nil {
 		return err
 	}
-	return c.index.w.Flush()
+	if err := c.index.w.Flush(); err != nil {
+		return err
+	}
+	return c.first.settle(ctx)
 }
 
 // Finish makes the second pass, while nothing changes any more, and returns what the

@@ -157,11 +157,25 @@ func (s *spool) copy(ctx context.Context, e *entry, part extent) error {
 	return nil
 }
 
-// startWriting has the disk begin with what is there: what waits in memory would slow CRIU down when it writes, the container
-// frozen. It is only a hint, and not for when it would itself make the container wait.
+// startWriting has the disk begin with what is there. It is only a hint, and not for when it would itself make the container wait.
 func (s *spool) startWriting() {
 	if !s.hurry && s.position-s.started >= copyPiece {
 		_ = unix.SyncFileRange(int(s.file.Fd()), s.started, s.position-s.started, unix.SYNC_FILE_RANGE_WRITE)
 		s.started = s.position
 	}
+}
+
+// settle waits until the disk has what is there. What waits in memory to be written would slow CRIU down when it writes, the container frozen: the
+// kernel makes whoever writes to a file system wait that has much to write.
+func (s *spool) settle(ctx context.Context) error {
+	const wait = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	for at := int64(0); at < s.position; at += copyPiece {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := unix.SyncFileRange(int(s.file.Fd()), at, min(copyPiece, s.position-at), wait); err != nil {
+			return fmt.Errorf("write what was copied to disk: %w", err)
+		}
+	}
+	return nil
 }
