@@ -141,20 +141,20 @@ func (s *Staging) blockSize() int64 {
 // Write makes what is published of what write writes, in place of Assemble: for an
 // archive of another form, which comes in one stream.
 func (s *Staging) Write(write func(io.Writer) error) error {
-	return s.create(func(f *os.File) error { return write(f) })
+	return s.Explain(s.create(func(f *os.File) error { return write(f) }))
 }
 
 func (s *Staging) create(write func(*os.File) error) error {
 	f, err := openAt(s.dir, archiveName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
-		return s.Explain(err)
+		return err
 	}
 	if err = makePrivate(f, 0o600); err == nil {
 		err = write(f)
 	}
 	if err != nil {
 		f.Close()
-		return s.Explain(err)
+		return err
 	}
 	s.archive = f
 	return nil

@@ -32,7 +32,8 @@ type plain struct {
 type abilities struct {
 	insert bool
 	clone  bool
-	block  int64 // unit of both
+	punch  bool
+	block  int64 // unit of all of them
 }
 
 // probe tries the file system on a file without data, which costs no input or output.
@@ -48,6 +49,7 @@ func (s *Staging) probe() abilities {
 	}
 	can.clone = clone(f, 2*can.block, Segment{File: f, Length: can.block}) == nil
 	can.insert = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_INSERT_RANGE, 0, can.block) == nil
+	can.punch = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, can.block) == nil
 	return can
 }
 

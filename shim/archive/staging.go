@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,7 +24,7 @@ const (
 
 // Staging is a hidden directory beside a location, on the same file system, in
 // which an archive comes into being. Its methods are not for concurrent use,
-// except Create, WriteFile and WriteJSON with different names.
+// except Create, WriteFile and WriteJSON with different names, and Room and Used.
 type Staging struct {
 	location *Location
 	name     string
@@ -33,6 +34,9 @@ type Staging struct {
 	archive  *os.File             // nil before Assemble has succeeded
 	removed  bool
 	ahead    *ahead // nil unless Follow was called
+
+	mu      sync.Mutex
+	scratch []*os.File
 }
 
 // Segment is a piece of an open file, in bytes.
@@ -185,6 +189,9 @@ func (s *Staging) Scratch() (*os.File, error) {
 		f.Close()
 		return nil, fmt.Errorf("create scratch file: %w", &os.PathError{Op: "unlink", Path: f.Name(), Err: err})
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.scratch = append(s.scratch, f)
 	return f, nil
 }
 
