@@ -71,6 +71,8 @@ type Dump struct {
 	Captured []string
 	Images   *os.File // directory for CRIU's images
 	Work     *os.File // directory for dump.log and stats-dump
+	// PreDump, if not nil, is called just before criu freezes the container: some milliseconds, and before each attempt where there are two.
+	PreDump func()
 	// PostDump is called once, when all images are written and the tasks are still stopped. An error from it fails the
 	// dump. It runs in a goroutine of its own: when ctx ends before it has returned, as it may where a disk has stalled, the
 	// tasks go on at once, and Run waits for it after that.
@@ -136,7 +138,7 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	if err != nil {
 		return errors.Join(err, criu.Cleanup())
 	}
-	hook := &notify{ctx: ctx, aborter: aborter, postDump: func() error {
+	hook := &notify{ctx: ctx, aborter: aborter, preDump: d.PreDump, postDump: func() error {
 		if err := d.checkLinks(); err != nil || d.PostDump == nil {
 			return err
 		}
@@ -207,9 +209,21 @@ type notify struct {
 	gocriu.NoNotify
 	ctx      context.Context
 	aborter  *aborter
+	preDump  func()
 	postDump func() error
 	running  sync.WaitGroup // postDump
-	err      error          // what PostDump failed with
+	err      error          // what a notification was answered with
+}
+
+// PreDump is the last moment at which the container has not been touched.
+func (n *notify) PreDump() error {
+	if n.preDump != nil {
+		n.preDump()
+	}
+	if n.ctx.Err() != nil {
+		n.err = context.Cause(n.ctx)
+	}
+	return n.err
 }
 
 // PostDump is the last moment at which the dump can be stopped. From its return on criu only unlocks and resumes, and a

@@ -32,6 +32,7 @@ type Config struct {
 	Version         string // of crishim: archives say what has made them
 	State           string // directory for the records of checkpoints in flight; no other crishim uses it
 	Archive         archive.Options
+	Bounds          checkpoint.Bounds
 	Log             logrus.FieldLogger
 }
 
@@ -65,7 +66,7 @@ func Run(ctx context.Context, config Config) error {
 	defer runtime.Close()
 	checkpoints := checkpoint.New(checkpoint.Config{
 		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
-		Criu: config.Criu, Version: config.Version, State: config.State, Archive: config.Archive, Log: config.Log,
+		Criu: config.Criu, Version: config.Version, State: config.State, Archive: config.Archive, Bounds: config.Bounds, Log: config.Log,
 	})
 	server := grpc.NewServer()
 	defer server.Stop()

@@ -48,13 +48,15 @@ func failure(err error) *crishimv1.Failure {
 	switch {
 	case errors.Is(err, errStopped):
 		f.Reason = crishimv1.Reason_REASON_CANCELLED
+	case errors.Is(err, errFrozenTooLong):
+		f.Reason = crishimv1.Reason_REASON_FROZEN_TOO_LONG
 	case errors.Is(err, archive.ErrInvalidLocation):
 		f.Reason = crishimv1.Reason_REASON_INVALID_LOCATION
 	case errors.Is(err, archive.ErrExists):
 		f.Reason = crishimv1.Reason_REASON_LOCATION_EXISTS
 	case errors.Is(err, container.ErrNotRunning):
 		f.Reason = crishimv1.Reason_REASON_NOT_RUNNING
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), kind == criu.NoSpace:
+	case errors.Is(err, errNoRoom), errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), kind == criu.NoSpace:
 		f.Reason = crishimv1.Reason_REASON_NO_SPACE
 	case kind == criu.Unsupported, errors.Is(err, rootfs.ErrUnsupported), errors.Is(err, container.ErrUnsupported), errors.Is(err, unix.EROFS):
 		f.Reason = crishimv1.Reason_REASON_UNSUPPORTED
@@ -94,7 +96,7 @@ func toStatus(err error) error {
 	}
 	code := codes.Internal
 	switch {
-	case errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, context.DeadlineExceeded), reason == crishimv1.Reason_REASON_FROZEN_TOO_LONG:
 		code = codes.DeadlineExceeded
 	case errors.Is(err, context.Canceled):
 		code = codes.Canceled

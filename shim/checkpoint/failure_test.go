@@ -414,30 +414,6 @@ func TestDrainRollsBackWhatDoesNotFinish(t *testing.T) {
 	}
 }
 
-func TestADiskThatIsTooSmall(t *testing.T) {
-	containerd, crishim := serve(t)
-	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "memory", "256"}})
-	node.WaitCount(t, 0, c.Log)
-	path := location(t)
-	for _, size := range []string{"64m", "260m"} { // for the dump, and for the archive beside the rest of it
-		t.Run(size, func(t *testing.T) {
-			if err := unix.Mount("tmpfs", filepath.Dir(path), "tmpfs", 0, "mode=0700,size="+size); err != nil {
-				t.Fatal(err)
-			}
-			defer func() {
-				if err := unix.Unmount(filepath.Dir(path), 0); err != nil {
-					t.Error(err)
-				}
-			}()
-			_, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
-			if status.Code(err) != codes.ResourceExhausted || !strings.Contains(strings.ToLower(err.Error()), "no space left on device") {
-				t.Errorf("error is %v, want ResourceExhausted and a word on the disk", err)
-			}
-			unharmed(t, c, path)
-		})
-	}
-}
-
 // members counts the members of an archive by name, numbers and extension cut off.
 func members(t *testing.T, path string) map[string]int {
 	t.Helper()

@@ -9,6 +9,7 @@ package checkpoint
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,12 +34,9 @@ type Config struct {
 	Version string // of crishim
 	State   string // directory for the records of checkpoints in flight, made if need be
 	Archive archive.Options
+	Bounds  Bounds
 	Log     logrus.FieldLogger
 }
-
-// parallel is how many checkpoints run on a node at once; others wait within their deadline. Each writes a container's whole
-// memory to one disk, so more of them would only freeze more containers for longer.
-const parallel = 2
 
 // Service is the server of the one RPC that crishim answers itself. It is safe for concurrent use.
 type Service struct {
@@ -61,8 +59,9 @@ type Service struct {
 // New returns a service that is ready for requests.
 func New(config Config) *Service {
 	closing, cancel := context.WithCancelCause(context.Background())
+	config.Bounds.Parallel = cmp.Or(config.Bounds.Parallel, 2)
 	return &Service{
-		config: config, slots: make(chan struct{}, parallel), journal: &journal{dir: config.State, log: config.Log},
+		config: config, slots: make(chan struct{}, config.Bounds.Parallel), journal: &journal{dir: config.State, log: config.Log},
 		inFlight: make(map[string]error),
 		closing:  closing, close: cancel,
 	}
@@ -160,7 +159,7 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	case s.slots <- struct{}{}:
 		defer func() { <-s.slots }()
 	case <-ctx.Done():
-		return nil, fmt.Errorf("wait for one of %d checkpoints at once on this node to end: %w", parallel, context.Cause(ctx))
+		return nil, fmt.Errorf("wait for one of %d checkpoints at once on this node to end: %w", s.config.Bounds.Parallel, context.Cause(ctx))
 	}
 	// Not before: a checkpoint in flight freezes the container, too.
 	if err := c.VerifyRunning(); err != nil {
@@ -171,6 +170,13 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 		return nil, err
 	}
 	job.Compression, job.Digest = s.config.Archive.Compression, s.config.Archive.Digest
+	job.MaxFrozenUs = s.config.Bounds.MaxFrozen.Microseconds()
+	if job.Reserve, err = s.reserve(ctx, request.GetLocation()); err != nil {
+		return nil, err
+	}
+	if layer := job.GetContainer().GetLayer(); layer != nil {
+		layer.Size = s.layerSize(ctx, c.Status.GetId())
+	}
 	return runHelper(ctx, s.journal, job, func(e *crishimv1.Event) {
 		if p := e.GetProgress(); p != nil {
 			log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -55,6 +56,20 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 			result.Left = true
 		}
 	}()
+	options := archive.Options{Compression: job.GetCompression(), Digest: job.GetDigest()}
+	room, err := newRoom(staging, job.GetReserve())
+	if err != nil {
+		return nil, err
+	}
+	need, err := estimate(job.GetContainer())
+	if err != nil {
+		return nil, err
+	}
+	if err := room.check(options, need); err != nil {
+		return nil, err
+	}
+	ctx, stop := room.watch(ctx)
+	defer stop()
 	for _, member := range job.GetMembers() {
 		if err := staging.WriteFile(member.GetName(), member.GetContent()); err != nil {
 			return nil, err
@@ -77,6 +92,9 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	if job.GetDigest() != archive.None {
 		staging.Follow(ctx)
 	}
+	dumping, stopDump := context.WithCancelCause(ctx)
+	defer stopDump(nil)
+	frozen := frozen{max: time.Duration(job.GetMaxFrozenUs()) * time.Microsecond, stop: stopDump}
 	var captured []string
 	if job.GetContainer().GetShm() {
 		captured = []string{shmDir}
@@ -88,15 +106,18 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		Captured:  captured,
 		Images:    staging.Images(),
 		Work:      staging.Dir(),
+		PreDump:   frozen.begin,
 		PostDump: func() error {
 			progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_CAPTURE})
 			failpoint.Hit("memory written")
-			err := capture.run(ctx)
+			err := capture.run(dumping)
 			failpoint.Hit("captured")
 			return err
 		},
-	}.Run(ctx)
+	}.Run(dumping)
+	frozen.end()
 	if err != nil {
+		err = frozen.explain(err, staging.Used(), need.bytes())
 		if logErr := copyLines(filepath.Join(staging.Dir().Name(), criu.LogFile), log); logErr != nil {
 			err = errors.Join(err, fmt.Errorf("read criu's log: %w", logErr))
 		}
@@ -109,7 +130,6 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		return nil, err
 	}
 	var size int64
-	options := archive.Options{Compression: job.GetCompression(), Digest: job.GetDigest()}
 	err = staging.Assemble(ctx, options, func(bytes int64) {
 		size = bytes
 		progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_ASSEMBLE, Bytes: bytes})

@@ -108,6 +108,8 @@ const (
 	Reason_REASON_CANCELLED Reason = 6
 	// A process of the container does something just now that keeps it from being stopped. Another try may succeed.
 	Reason_REASON_BUSY Reason = 7
+	// The container would have stood still for longer than it may.
+	Reason_REASON_FROZEN_TOO_LONG Reason = 8
 )
 
 // Enum value maps for Reason.
@@ -121,6 +123,7 @@ var (
 		5: "REASON_NO_SPACE",
 		6: "REASON_CANCELLED",
 		7: "REASON_BUSY",
+		8: "REASON_FROZEN_TOO_LONG",
 	}
 	Reason_value = map[string]int32{
 		"REASON_UNSPECIFIED":      0,
@@ -131,6 +134,7 @@ var (
 		"REASON_NO_SPACE":         5,
 		"REASON_CANCELLED":        6,
 		"REASON_BUSY":             7,
+		"REASON_FROZEN_TOO_LONG":  8,
 	}
 )
 
@@ -179,7 +183,10 @@ type Job struct {
 	// Of the archive: "none" or "zstd".
 	Compression string `protobuf:"bytes,7,opt,name=compression,proto3" json:"compression,omitempty"`
 	// Of its members: "sha256" or "none".
-	Digest        string `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
+	Digest  string   `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
+	Reserve *Reserve `protobuf:"bytes,10,opt,name=reserve,proto3" json:"reserve,omitempty"`
+	// How long the container may stand still, in microseconds; 0 for no bound.
+	MaxFrozenUs   int64 `protobuf:"varint,11,opt,name=max_frozen_us,json=maxFrozenUs,proto3" json:"max_frozen_us,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -270,6 +277,90 @@ func (x *Job) GetDigest() string {
 	return ""
 }
 
+func (x *Job) GetReserve() *Reserve {
+	if x != nil {
+		return x.Reserve
+	}
+	return nil
+}
+
+func (x *Job) GetMaxFrozenUs() int64 {
+	if x != nil {
+		return x.MaxFrozenUs
+	}
+	return 0
+}
+
+// Reserve is what is never used up of the location's file system.
+type Reserve struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Bytes  int64                  `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Inodes int64                  `protobuf:"varint,2,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	// Who wants that much, in words for people.
+	BytesOf       string `protobuf:"bytes,3,opt,name=bytes_of,json=bytesOf,proto3" json:"bytes_of,omitempty"`
+	InodesOf      string `protobuf:"bytes,4,opt,name=inodes_of,json=inodesOf,proto3" json:"inodes_of,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Reserve) Reset() {
+	*x = Reserve{}
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reserve) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reserve) ProtoMessage() {}
+
+func (x *Reserve) ProtoReflect() protoreflect.Message {
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reserve.ProtoReflect.Descriptor instead.
+func (*Reserve) Descriptor() ([]byte, []int) {
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Reserve) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Reserve) GetInodes() int64 {
+	if x != nil {
+		return x.Inodes
+	}
+	return 0
+}
+
+func (x *Reserve) GetBytesOf() string {
+	if x != nil {
+		return x.BytesOf
+	}
+	return ""
+}
+
+func (x *Reserve) GetInodesOf() string {
+	if x != nil {
+		return x.InodesOf
+	}
+	return ""
+}
+
 // Container describes a running container as the dump needs it. Paths are those of the daemon's own mount namespace
 // unless another is named.
 type Container struct {
@@ -310,7 +401,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[1]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -322,7 +413,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[1]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -335,7 +426,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{1}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Container) GetId() string {
@@ -462,7 +553,7 @@ type BindMount struct {
 
 func (x *BindMount) Reset() {
 	*x = BindMount{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -474,7 +565,7 @@ func (x *BindMount) String() string {
 func (*BindMount) ProtoMessage() {}
 
 func (x *BindMount) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[2]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -487,7 +578,7 @@ func (x *BindMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindMount.ProtoReflect.Descriptor instead.
 func (*BindMount) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{2}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *BindMount) GetSource() string {
@@ -511,14 +602,16 @@ type Layer struct {
 	// The lower directories; none where they are not known.
 	Lower []string `protobuf:"bytes,2,rep,name=lower,proto3" json:"lower,omitempty"`
 	// The mount option userxattr.
-	UserXattr     bool `protobuf:"varint,3,opt,name=user_xattr,json=userXattr,proto3" json:"user_xattr,omitempty"`
+	UserXattr bool `protobuf:"varint,3,opt,name=user_xattr,json=userXattr,proto3" json:"user_xattr,omitempty"`
+	// How much room the upper directory takes, as far as the runtime knows, in bytes.
+	Size          int64 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -530,7 +623,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[3]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -543,7 +636,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{3}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Layer) GetUpper() string {
@@ -567,6 +660,13 @@ func (x *Layer) GetUserXattr() bool {
 	return false
 }
 
+func (x *Layer) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type Namespace struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in the OCI spec: "network", "pid", …
@@ -578,7 +678,7 @@ type Namespace struct {
 
 func (x *Namespace) Reset() {
 	*x = Namespace{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -590,7 +690,7 @@ func (x *Namespace) String() string {
 func (*Namespace) ProtoMessage() {}
 
 func (x *Namespace) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[4]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -603,7 +703,7 @@ func (x *Namespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Namespace.ProtoReflect.Descriptor instead.
 func (*Namespace) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{4}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Namespace) GetType() string {
@@ -630,7 +730,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -642,7 +742,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[5]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -655,7 +755,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{5}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Member) GetName() string {
@@ -683,7 +783,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +795,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[6]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +808,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{6}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Progress) GetPhase() Phase {
@@ -738,7 +838,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -750,7 +850,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[7]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -763,7 +863,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{7}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Failure) GetReason() Reason {
@@ -807,7 +907,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -819,7 +919,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[8]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -832,7 +932,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{8}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Result) GetFailure() *Failure {
@@ -894,7 +994,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1006,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[9]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1019,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{9}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Log) GetLines() []byte {
@@ -943,7 +1043,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[10]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1055,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[10]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1068,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{10}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Event) GetEvent() isEvent_Event {
@@ -1046,7 +1146,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[11]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1058,7 +1158,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_crishim_v1_checkpoint_proto_msgTypes[11]
+	mi := &file_crishim_v1_checkpoint_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1071,7 +1171,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{11}
+	return file_crishim_v1_checkpoint_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Record) GetBootId() string {
@@ -1114,7 +1214,7 @@ var File_crishim_v1_checkpoint_proto protoreflect.FileDescriptor
 const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"\x1bcrishim/v1/checkpoint.proto\x12\n" +
-	"crishim.v1\"\x8f\x02\n" +
+	"crishim.v1\"\xe2\x02\n" +
 	"\x03Job\x12\x1a\n" +
 	"\blocation\x18\x01 \x01(\tR\blocation\x12\x12\n" +
 	"\x04criu\x18\x02 \x01(\tR\x04criu\x12!\n" +
@@ -1123,7 +1223,15 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\amembers\x18\x04 \x03(\v2\x12.crishim.v1.MemberR\amembers\x12\x18\n" +
 	"\astaging\x18\x05 \x01(\tR\astaging\x12 \n" +
 	"\vcompression\x18\a \x01(\tR\vcompression\x12\x16\n" +
-	"\x06digest\x18\b \x01(\tR\x06digest\"\x81\x04\n" +
+	"\x06digest\x18\b \x01(\tR\x06digest\x12-\n" +
+	"\areserve\x18\n" +
+	" \x01(\v2\x13.crishim.v1.ReserveR\areserve\x12\"\n" +
+	"\rmax_frozen_us\x18\v \x01(\x03R\vmaxFrozenUs\"o\n" +
+	"\aReserve\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\x12\x16\n" +
+	"\x06inodes\x18\x02 \x01(\x03R\x06inodes\x12\x19\n" +
+	"\bbytes_of\x18\x03 \x01(\tR\abytesOf\x12\x1b\n" +
+	"\tinodes_of\x18\x04 \x01(\tR\binodesOf\"\x81\x04\n" +
 	"\tContainer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12\x1d\n" +
@@ -1146,12 +1254,13 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\anetwork\x18\x10 \x01(\tR\anetwork\"E\n" +
 	"\tBindMount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12 \n" +
-	"\vdestination\x18\x02 \x01(\tR\vdestination\"R\n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\"f\n" +
 	"\x05Layer\x12\x14\n" +
 	"\x05upper\x18\x01 \x01(\tR\x05upper\x12\x14\n" +
 	"\x05lower\x18\x02 \x03(\tR\x05lower\x12\x1d\n" +
 	"\n" +
-	"user_xattr\x18\x03 \x01(\bR\tuserXattr\"5\n" +
+	"user_xattr\x18\x03 \x01(\bR\tuserXattr\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\x03R\x04size\"5\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\"6\n" +
@@ -1196,7 +1305,7 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\x0ePHASE_ASSEMBLE\x10\x03\x12\x11\n" +
 	"\rPHASE_PUBLISH\x10\x04\x12\x0e\n" +
 	"\n" +
-	"PHASE_COPY\x10\x05*\xc5\x01\n" +
+	"PHASE_COPY\x10\x05*\xe1\x01\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17REASON_INVALID_LOCATION\x10\x01\x12\x1a\n" +
@@ -1205,7 +1314,8 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\x12REASON_UNSUPPORTED\x10\x04\x12\x13\n" +
 	"\x0fREASON_NO_SPACE\x10\x05\x12\x14\n" +
 	"\x10REASON_CANCELLED\x10\x06\x12\x0f\n" +
-	"\vREASON_BUSY\x10\aB$Z\"crishim/proto/crishim/v1;crishimv1b\x06proto3"
+	"\vREASON_BUSY\x10\a\x12\x1a\n" +
+	"\x16REASON_FROZEN_TOO_LONG\x10\bB$Z\"crishim/proto/crishim/v1;crishimv1b\x06proto3"
 
 var (
 	file_crishim_v1_checkpoint_proto_rawDescOnce sync.Once
@@ -1220,41 +1330,43 @@ func file_crishim_v1_checkpoint_proto_rawDescGZIP() []byte {
 }
 
 var file_crishim_v1_checkpoint_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_crishim_v1_checkpoint_proto_goTypes = []any{
 	(Phase)(0),        // 0: crishim.v1.Phase
 	(Reason)(0),       // 1: crishim.v1.Reason
 	(*Job)(nil),       // 2: crishim.v1.Job
-	(*Container)(nil), // 3: crishim.v1.Container
-	(*BindMount)(nil), // 4: crishim.v1.BindMount
-	(*Layer)(nil),     // 5: crishim.v1.Layer
-	(*Namespace)(nil), // 6: crishim.v1.Namespace
-	(*Member)(nil),    // 7: crishim.v1.Member
-	(*Progress)(nil),  // 8: crishim.v1.Progress
-	(*Failure)(nil),   // 9: crishim.v1.Failure
-	(*Result)(nil),    // 10: crishim.v1.Result
-	(*Log)(nil),       // 11: crishim.v1.Log
-	(*Event)(nil),     // 12: crishim.v1.Event
-	(*Record)(nil),    // 13: crishim.v1.Record
+	(*Reserve)(nil),   // 3: crishim.v1.Reserve
+	(*Container)(nil), // 4: crishim.v1.Container
+	(*BindMount)(nil), // 5: crishim.v1.BindMount
+	(*Layer)(nil),     // 6: crishim.v1.Layer
+	(*Namespace)(nil), // 7: crishim.v1.Namespace
+	(*Member)(nil),    // 8: crishim.v1.Member
+	(*Progress)(nil),  // 9: crishim.v1.Progress
+	(*Failure)(nil),   // 10: crishim.v1.Failure
+	(*Result)(nil),    // 11: crishim.v1.Result
+	(*Log)(nil),       // 12: crishim.v1.Log
+	(*Event)(nil),     // 13: crishim.v1.Event
+	(*Record)(nil),    // 14: crishim.v1.Record
 }
 var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
-	3,  // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
-	7,  // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
-	5,  // 2: crishim.v1.Container.layer:type_name -> crishim.v1.Layer
-	6,  // 3: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
-	4,  // 4: crishim.v1.Container.bind_mounts:type_name -> crishim.v1.BindMount
-	0,  // 5: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
-	1,  // 6: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
-	9,  // 7: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
-	8,  // 8: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
-	10, // 9: crishim.v1.Event.result:type_name -> crishim.v1.Result
-	11, // 10: crishim.v1.Event.log:type_name -> crishim.v1.Log
-	2,  // 11: crishim.v1.Record.job:type_name -> crishim.v1.Job
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	4,  // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
+	8,  // 1: crishim.v1.Job.members:type_name -> crishim.v1.Member
+	3,  // 2: crishim.v1.Job.reserve:type_name -> crishim.v1.Reserve
+	6,  // 3: crishim.v1.Container.layer:type_name -> crishim.v1.Layer
+	7,  // 4: crishim.v1.Container.shared_namespaces:type_name -> crishim.v1.Namespace
+	5,  // 5: crishim.v1.Container.bind_mounts:type_name -> crishim.v1.BindMount
+	0,  // 6: crishim.v1.Progress.phase:type_name -> crishim.v1.Phase
+	1,  // 7: crishim.v1.Failure.reason:type_name -> crishim.v1.Reason
+	10, // 8: crishim.v1.Result.failure:type_name -> crishim.v1.Failure
+	9,  // 9: crishim.v1.Event.progress:type_name -> crishim.v1.Progress
+	11, // 10: crishim.v1.Event.result:type_name -> crishim.v1.Result
+	12, // 11: crishim.v1.Event.log:type_name -> crishim.v1.Log
+	2,  // 12: crishim.v1.Record.job:type_name -> crishim.v1.Job
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_crishim_v1_checkpoint_proto_init() }
@@ -1262,7 +1374,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 	if File_crishim_v1_checkpoint_proto != nil {
 		return
 	}
-	file_crishim_v1_checkpoint_proto_msgTypes[10].OneofWrappers = []any{
+	file_crishim_v1_checkpoint_proto_msgTypes[11].OneofWrappers = []any{
 		(*Event_Progress)(nil),
 		(*Event_Result)(nil),
 		(*Event_Log)(nil),
@@ -1273,7 +1385,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_crishim_v1_checkpoint_proto_rawDesc), len(file_crishim_v1_checkpoint_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
