@@ -133,12 +133,13 @@ proto: ## generate proto/**/*.pb.go again (needs protoc)
 	protoc --plugin=bin/protoc-gen-go -I proto --go_out=. --go_opt=module=crishim proto/crishim/v1/checkpoint.proto
 
 .PHONY: install
-install: build ## install the binary and the systemd units (DESTDIR, PREFIX)
+install: build ## install the binary, the systemd units and, if there is none, the configuration file (DESTDIR, PREFIX)
 	install -D -m 0755 bin/crishim $(DESTDIR)$(PREFIX)/bin/crishim
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's|@BINDIR@|$(PREFIX)/bin|' systemd/crishim.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
 	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
 	install -m 0644 systemd/crishim.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.socket
+	test -e $(DESTDIR)/etc/crishim/config.toml || install -D -m 0644 systemd/config.toml $(DESTDIR)/etc/crishim/config.toml
 	install -D -m 0644 systemd/kubelet-crishim.conf $(DESTDIR)$(PREFIX)/share/crishim/kubelet-crishim.conf
 
 .PHONY: clean

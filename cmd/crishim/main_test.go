@@ -24,7 +24,7 @@ func TestHelpNamesWhatIsThere(t *testing.T) {
 		want []string
 	}{
 		{[]string{"--help"}, []string{"serve", "version", "every call goes through to the runtime untouched"}},
-		{[]string{"serve", "--help"}, []string{"--listen", "--runtime-endpoint", "--criu", "--state-dir", "--log-level",
+		{[]string{"serve", "--help"}, []string{"--config", "--listen", "--runtime-endpoint", "--criu", "--state-dir", "--log-level",
 			"unix:///run/crishim/crishim.sock", "unix:///run/containerd/containerd.sock", "--container-runtime-endpoint"}},
 	} {
 		out, err := execute(t, test.args...)

@@ -1,24 +1,23 @@
 package main
 
 import (
-	"fmt"
-
-	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 
 	"crishim/shim"
-	"crishim/shim/archive"
 )
 
 func serveCommand() *cobra.Command {
-	config := shim.Config{Version: version}
-	var level string
+	config := defaultConfig()
+	file := defaultConfigFile
 	command := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the daemon between kubelet and runtime",
 		Long: `serve listens for the kubelet and passes its calls to the runtime, until SIGTERM. It
 starts whether or not the runtime is there, and needs CRIU for checkpoints only.
-Where systemd hands a socket over, that one is used instead of --listen.`,
+Where systemd hands a socket over, that one is used instead of --listen.
+
+All that it can be told is in the configuration file, see the one that is shipped. What
+is said here wins. A mistake in the file is an error, and serve does not start.`,
 		Example: `  # between a kubelet and containerd
   crishim serve --listen unix:///run/crishim/crishim.sock \
                 --runtime-endpoint unix:///run/containerd/containerd.sock
@@ -26,23 +25,17 @@ Where systemd hands a socket over, that one is used instead of --listen.`,
   #   --container-runtime-endpoint=unix:///run/crishim/crishim.sock`,
 		Args: cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
-			log := logrus.New()
-			parsed, err := logrus.ParseLevel(level)
-			if err != nil {
-				return fmt.Errorf("parse --log-level: %w", err)
+			if err := config.load(file, command.Flags().Changed("config"), command.Flags()); err != nil {
+				return err
 			}
-			log.SetLevel(parsed)
-			config.Log = log
-			return shim.Run(command.Context(), config)
+			daemon, err := config.daemon()
+			if err != nil {
+				return err
+			}
+			return shim.Run(command.Context(), daemon)
 		},
 	}
-	flags := command.Flags()
-	flags.StringVar(&config.Listen, "listen", "unix:///run/crishim/crishim.sock", "endpoint for the kubelet: unix:///path or a path")
-	flags.StringVar(&config.RuntimeEndpoint, "runtime-endpoint", "unix:///run/containerd/containerd.sock", "endpoint of the runtime, in the same form")
-	flags.StringVar(&config.Criu, "criu", "criu", "path of the criu binary, or its name in PATH")
-	flags.StringVar(&config.State, "state-dir", "/var/lib/crishim", "directory for records of checkpoints in flight, by which a crash is put right at the next start")
-	flags.StringVar(&config.Archive.Compression, "compression", archive.None, "compression of archives: none or zstd")
-	flags.StringVar(&config.Archive.Digest, "digest", archive.SHA256, "digest of each member in an archive, for crishim verify: sha256 or none")
-	flags.StringVar(&level, "log-level", "info", "what is logged: debug, info, warn or error")
+	command.Flags().StringVar(&file, "config", file, "configuration file; that the default one is not there is no error")
+	config.register(command.Flags())
 	return command
 }
