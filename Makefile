@@ -38,7 +38,7 @@ unit: ## the quick tests: no root, no node
 	timeout 10m $(GO) test -race $(PACKAGES)
 
 .PHONY: test
-test: setup lint build fuzz-short test-node test-e2e test-crash test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
+test: setup lint build fuzz-short test-node test-e2e test-crash test-soak test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
 
 # The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; what knows of cgroups once more
 # where there is cgroup v2 alone; and what knows of a runtime's mounts with later runtimes.
@@ -55,7 +55,7 @@ test-node: bin/testnode
 .PHONY: test-e2e
 test-e2e: setup-vm bin/testnode
 	bin/testnode build
-	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -vE '/test/(crash|matrix|vm)$$') | test/no-skips.sh
+	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -vE '/test/(crash|matrix|soak|vm)$$') | test/no-skips.sh
 
 # Daemon, helper and criu killed at each step and at any moment. What it takes is a seed, see test/crash: -args -seed=N.
 .PHONY: test-crash
@@ -68,6 +68,16 @@ crash: bin/testnode ## kill daemon, helper and criu 1,000 times (KILLS); as root
 	bin/testnode build
 	$(GO) test -count=1 -race -v -timeout 3h -run TestKillsAtAnyMoment ./test/crash -args -kills=$(KILLS) | test/no-skips.sh
 KILLS ?= 1000
+
+# 200 calls a second, pods that come and go, and checkpoints, for a minute and a half; what crishim and its node take does not rise.
+.PHONY: test-soak
+test-soak: bin/testnode
+	timeout 10m $(GO) test -count=1 -race -v -timeout 9m ./test/soak | test/no-skips.sh
+
+.PHONY: soak
+MINUTES ?= 30
+soak: bin/testnode ## the same for MINUTES=30; as root
+	$(GO) test -count=1 -race -v -timeout 0 ./test/soak -minutes $(MINUTES) | test/no-skips.sh
 
 # Under systemd, in a virtual machine: the services as they are installed. Without the race detector, with which it takes far longer;
 # crishim itself has none there anyway.
