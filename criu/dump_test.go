@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"crishim/criu"
 	"crishim/shim/container"
 	"crishim/test/node"
@@ -222,6 +224,28 @@ func TestTheEndOfTheContextRollsBack(t *testing.T) {
 	r := carryOut(t, order{Container: description, Dir: newDir(t), Cancelled: true})
 	if r.Error != context.Canceled.Error() || r.PostDumps != 0 {
 		t.Errorf("cancelled before the start: error is %q", r.Error)
+	}
+}
+
+// Nobody watches over the disk here: criu itself meets the end of it, and in its images or its log says so.
+func TestAFullDisk(t *testing.T) {
+	running, description := run(t, "runc", "/bin/workload", "memory", "128")
+	for _, size := range []string{"64k", "1m", "64m"} {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700,size="+size); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(dir, "images"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		r := carryOut(t, order{Container: description, Dir: dir})
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+		if !strings.Contains(r.Error, "No space left on device") || !strings.Contains(r.Error, "make room at the location") {
+			t.Errorf("on %s: error is %q", size, r.Error)
+		}
+		node.WaitMore(t, running.Log)
 	}
 }
 
