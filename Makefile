@@ -38,7 +38,7 @@ unit: ## the quick tests: no root, no node
 	timeout 10m $(GO) test -race $(PACKAGES)
 
 .PHONY: test
-test: setup lint build fuzz-short test-node test-e2e test-crash test-soak test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
+test: setup lint build fuzz test-node test-e2e test-crash test-soak test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
 
 # The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; what knows of cgroups once more
 # where there is cgroup v2 alone; and what knows of a runtime's mounts with later runtimes.
@@ -69,7 +69,7 @@ crash: bin/testnode ## kill daemon, helper and criu 1,000 times (KILLS); as root
 	$(GO) test -count=1 -race -v -timeout 3h -run TestKillsAtAnyMoment ./test/crash -args -kills=$(KILLS) | test/no-skips.sh
 KILLS ?= 1000
 
-# 200 calls a second, pods that come and go, and checkpoints, for a minute and a half; what crishim and its node take does not rise.
+# 200 calls a second, pods that come and go, and checkpoints, for three minutes; what crishim and its node take does not rise.
 .PHONY: test-soak
 test-soak: bin/testnode
 	timeout 10m $(GO) test -count=1 -race -v -timeout 9m ./test/soak | test/no-skips.sh
@@ -130,12 +130,8 @@ lint: ## formatting, vet, staticcheck, and what this project bans
 
 .PHONY: fuzz
 FUZZTIME ?= 30s
-fuzz: ## run each fuzz target for FUZZTIME (30s)
+fuzz: ## run each fuzz target for FUZZTIME (30s, as make test does)
 	test/fuzz.sh $(FUZZTIME)
-
-.PHONY: fuzz-short
-fuzz-short: ## the same for 3 s each, as make test does
-	test/fuzz.sh 3s
 
 .PHONY: proto
 proto: ## generate proto/**/*.pb.go again (needs protoc)

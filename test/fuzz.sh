@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# Runs each fuzz target in turn for the time given. The compiler lists them, so that none is forgotten.
+# Runs each fuzz target for the time given, as many at once as there are processors. The compiler lists them, so that none is forgotten.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-git grep -lE '^func Fuzz' -- '*_test.go' | xargs -n 1 dirname | sort -u | while read -r dir; do
-	binary=$(mktemp)
-	go test -c -o "$binary" "./$dir" </dev/null
-	# As go test runs it: where testdata is. Some packages' tests start themselves anew, and lists must not.
-	targets=$(cd "$dir" && "$binary" -test.list '^Fuzz' | grep '^Fuzz')
-	rm -f "$binary"
-	for target in $targets; do
-		echo "== $target in $dir"
-		go test -run '^$' -fuzz "^$target\$" -fuzztime "$1" -fuzzminimizetime 100x "./$dir" </dev/null
+list() {
+	git grep -lE '^func Fuzz' -- '*_test.go' | xargs -n 1 dirname | sort -u | while read -r dir; do
+		binary=$(mktemp)
+		go test -c -o "$binary" "./$dir" </dev/null
+		# As go test runs it: where testdata is. Some packages' tests start themselves anew, and lists must not.
+		(cd "$dir" && "$binary" -test.list '^Fuzz' | grep '^Fuzz' | sed "s|\$| $dir|")
+		rm -f "$binary"
 	done
-done
+}
+one() {
+	local output
+	if ! output=$(go test -run '^$' -fuzz "^$2\$" -fuzztime "$1" -fuzzminimizetime 100x -parallel 1 "./$3" </dev/null 2>&1); then
+		printf '%s\n' "$output" >&2
+		return 1
+	fi
+	printf '== %s in %s: %s\n' "$2" "$3" "$(grep execs <<<"$output" | tail -n 1)"
+}
+export -f one
+list | xargs -P "$(nproc)" -L 1 bash -c 'one "$@"' one "$1"

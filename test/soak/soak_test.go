@@ -19,7 +19,7 @@ import (
 	"crishim/test/node"
 )
 
-var minutes = flag.Float64("minutes", 1.5, "how long crishim is kept busy after the warm-up")
+var minutes = flag.Float64("minutes", 3, "how long crishim is kept busy after the warm-up")
 
 // warmUp is how long everything goes on before it is measured: until Go's heap, containerd's database and the caches have their size.
 const warmUp = 15 * time.Second
