@@ -29,6 +29,10 @@ setup:
 setup-vm:
 	test/setup.sh vm
 
+.PHONY: setup-disks
+setup-disks:
+	test/setup.sh disks
+
 .PHONY: bin/testnode
 bin/testnode: setup
 	$(BUILD) -o $@ ./test/cmd/testnode
@@ -105,9 +109,12 @@ compatibility: bin/testnode test-vm-matrix ## write docs/compatibility.md anew, 
 
 # One command, every peer in the same run. Its tables and plots are what the README's figures come from.
 .PHONY: bench
-bench: bin/bench ## measure crishim beside its peers, and write docs/benchmarks; as root, takes half an hour
+bench: bin/bench setup-disks ## measure crishim beside its peers, and write docs/benchmarks; as root, takes an hour
 	bin/bench --out docs/benchmarks bin/crishim
 	bin/plot docs/benchmarks
+	for fs in xfs btrfs; do \
+		bin/bench --only checkpoint --engines 'criu dump alone,crishim' --fs $$fs --out docs/benchmarks/$$fs bin/crishim && \
+		bin/plot docs/benchmarks/$$fs || exit 1; done
 
 .PHONY: bench-short
 bench-short: bin/bench ## the same with few rounds and small containers, to see that it works; writes bin/benchmarks

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what tests and demo need of the machine itself, where it is missing: a C compiler, without which there is no race
 # detector, and debootstrap. Everything else is in the node's own root file system. With "vm" also what the virtual machine needs:
-# QEMU and mke2fs.
+# QEMU and mke2fs; with "disks" what makes the file systems that benchmarks are run on.
 set -eu
 missing=
 command -v gcc >/dev/null || missing="$missing gcc libc6-dev"
@@ -9,6 +9,11 @@ command -v debootstrap >/dev/null || missing="$missing debootstrap"
 if [ "${1:-}" = vm ]; then
 	command -v mke2fs >/dev/null || missing="$missing e2fsprogs"
 	command -v qemu-system-x86_64 >/dev/null || missing="$missing qemu-system-x86"
+fi
+if [ "${1:-}" = disks ]; then
+	command -v mkfs.ext4 >/dev/null || missing="$missing e2fsprogs"
+	command -v mkfs.xfs >/dev/null || missing="$missing xfsprogs"
+	command -v mkfs.btrfs >/dev/null || missing="$missing btrfs-progs"
 fi
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
