@@ -70,6 +70,41 @@ func TestContainerd2(t *testing.T) {
 	}
 }
 
+// What crishim has compressed is read by checkpointctl, and by containerd as an image.
+func TestCompressedArchive(t *testing.T) {
+	first := start(t, node.Options{})
+	const socket = "/run/crishim-zstd/crishim.sock"
+	if _, err := first.StartCrishimAt(t.Context(), "crishim-zstd", socket, node.Crishim(t), "--compression", "zstd"); err != nil {
+		t.Fatal(err)
+	}
+	original := dial(t, first).Run(t, node.Spec{Image: image})
+	exec(t, original, changes)
+	cp := dumpBy(t, first.Client(t, socket), original, "compressed")
+	want := exec(t, original, state)
+	second := startContainerd2(t)
+	send(t, first, second, cp)
+	if magic := output(t, second, "sh", "-c", "head -c 4 "+cp.path+" | od -An -tx1"); magic != "28 b5 2f fd" {
+		t.Fatalf("the archive begins with %s, which is not zstd", magic)
+	}
+	sound(t, second, cp.path) // by checkpointctl, too
+
+	t.Run("containerd, as an OCI image", func(t *testing.T) {
+		name := output(t, second, crishim, "convert", "--to", "oci", cp.path, "/data/image.tar") // its layer is compressed, too
+		output(t, second, "ctr", "-n", "k8s.io", "images", "import", "/data/image.tar")
+		waitImage(t, second, name)
+		restored := run(t, second, name, "runc")
+		goesOn(t, cp, restored.Log)
+		if got := exec(t, restored, state); got != want {
+			t.Errorf("files are\n%swant\n%s", got, want)
+		}
+	})
+	t.Run("containerd, as a file", func(t *testing.T) {
+		if c, err := dial(t, second).RunContainer(t.Context(), checkpointed(cp.path, "runc")); err == nil {
+			t.Errorf("container %s was restored of a compressed file: then the README need not say that it cannot be", c.ID)
+		}
+	})
+}
+
 // startContainerd2 starts a node with containerd 2, and with a script in crun's place.
 func startContainerd2(t *testing.T) *node.Node {
 	t.Helper()

@@ -45,9 +45,15 @@ type checkpoint struct {
 // dump checkpoints a container that counts.
 func dump(t *testing.T, n *node.Node, c *node.Container, name string) checkpoint {
 	t.Helper()
+	return dumpBy(t, dial(t, n), c, name)
+}
+
+// dumpBy does so by a client of one of several crishims in a node.
+func dumpBy(t *testing.T, client *node.Client, c *node.Container, name string) checkpoint {
+	t.Helper()
 	cp := checkpoint{path: "/data/checkpoint-" + name + ".tar"}
 	cp.before = node.WaitCount(t, 5, c.Log)
-	if _, err := dial(t, n).Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: cp.path}); err != nil {
+	if _, err := client.Runtime.CheckpointContainer(t.Context(), &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: cp.path}); err != nil {
 		t.Fatal(err)
 	}
 	cp.after = node.WaitCount(t, cp.before+5, c.Log)
