@@ -43,15 +43,29 @@ const (
 	relayTimeout = 5 * time.Second
 )
 
+// Validate tells whether a daemon could be started with this, as far as can be said before.
+func (c Config) Validate() error {
+	if err := c.Archive.Validate(); err != nil {
+		return fmt.Errorf("parse form of archives: %w", err)
+	}
+	if _, err := socketPath(c.RuntimeEndpoint); err != nil {
+		return fmt.Errorf("parse runtime endpoint: %w", err)
+	}
+	if _, err := socketPath(c.Listen); err != nil {
+		return fmt.Errorf("parse listen address: %w", err)
+	}
+	return nil
+}
+
 // Run serves until ctx ends, then shuts down in order and returns nil. Any other error is of the start: a listening address
 // that cannot be had, or an endpoint that makes no sense.
 func Run(ctx context.Context, config Config) error {
-	if err := config.Archive.Validate(); err != nil {
-		return fmt.Errorf("parse form of archives: %w", err)
+	if err := config.Validate(); err != nil {
+		return err
 	}
 	runtimePath, err := socketPath(config.RuntimeEndpoint)
 	if err != nil {
-		return fmt.Errorf("parse runtime endpoint: %w", err)
+		return err
 	}
 	listener, err := listen(ctx, config.Listen)
 	if err != nil {

@@ -4,14 +4,15 @@ import (
 	"os"
 	"runtime"
 
+	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 
 	"crishim/shim"
+	"crishim/shim/config"
 )
 
 func serveCommand() *cobra.Command {
-	config := defaultConfig()
-	file := defaultConfigFile
+	file := config.DefaultFile
 	command := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the daemon between kubelet and runtime",
@@ -19,7 +20,7 @@ func serveCommand() *cobra.Command {
 starts whether or not the runtime is there, and needs CRIU for checkpoints only.
 Where systemd hands a socket over, that one is used instead of --listen.
 
-All that it can be told is in the configuration file, see the one that is shipped. What
+All that it can be told is in the configuration file: see crishim config default. What
 is said here wins. A mistake in the file is an error, and serve does not start.`,
 		Example: `  # between a kubelet and containerd
   crishim serve --listen unix:///run/crishim/crishim.sock \
@@ -28,10 +29,7 @@ is said here wins. A mistake in the file is an error, and serve does not start.`
   #   --container-runtime-endpoint=unix:///run/crishim/crishim.sock`,
 		Args: cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
-			if err := config.load(file, command.Flags().Changed("config"), command.Flags()); err != nil {
-				return err
-			}
-			daemon, err := config.daemon()
+			c, err := config.Sources{File: file, Environment: os.Environ(), Flags: command.Flags()}.Load()
 			if err != nil {
 				return err
 			}
@@ -40,10 +38,24 @@ is said here wins. A mistake in the file is an error, and serve does not start.`
 				// threads than it saves (make bench: 16 callers). What takes time is done by helper processes of their own.
 				runtime.GOMAXPROCS(1)
 			}
-			return shim.Run(command.Context(), daemon)
+			log := logrus.New()
+			log.SetLevel(c.Level)
+			log.SetFormatter(c.Format())
+			for _, name := range c.Ignored {
+				log.Warnf("%s in the environment is no key of the configuration, and is ignored", name)
+			}
+			return shim.Run(command.Context(), daemon(c, log))
 		},
 	}
-	command.Flags().StringVar(&file, "config", file, "configuration file; that the default one is not there is no error")
-	config.register(command.Flags())
+	configFlag(command, &file)
+	config.Register(command.Flags())
 	return command
+}
+
+// daemon is what a configuration means to the daemon.
+func daemon(c *config.Config, log *logrus.Logger) shim.Config {
+	return shim.Config{
+		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, Criu: c.Keys.Criu, State: c.Keys.StateDir, Version: version, Log: log,
+		Archive: c.Archive, Bounds: c.Bounds,
+	}
 }
