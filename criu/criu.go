@@ -69,8 +69,11 @@ type Dump struct {
 	// Captured are those of the container's external mounts whose content PostDump takes. Where CRIU has to add a name to a file for
 	// the length of the dump, it must be in one of them or on the root file system.
 	Captured []string
-	Images   *os.File // directory for CRIU's images
-	Work     *os.File // directory for dump.log and stats-dump
+	// RefuseTCP has a container that has an established TCP connection not dumped: it fails, with the connection in the error, and no network is
+	// locked for it.
+	RefuseTCP bool
+	Images    *os.File // directory for CRIU's images
+	Work      *os.File // directory for dump.log and stats-dump
 	// PreDump, if not nil, is called just before criu freezes the container: some milliseconds, and before each attempt where there are two.
 	PreDump func()
 	// PostDump is called once, when all images are written and the tasks are still stopped. An error from it fails the
@@ -104,6 +107,14 @@ func (d Dump) Run(ctx context.Context) (stats Stats, err error) {
 	}
 	err = d.run(ctx, network)
 	// One that has come since makes CRIU fail before it has written any memory.
+	if refused := new(Error); errors.Is(err, errConnectedTCP) && d.RefuseTCP && errors.As(err, &refused) {
+		refused.Limit = limit(refusedTCPName)
+		// CRIU goes on to further errors, and does not say between whom it is.
+		if at, still, lookErr := d.Container.connectedTCP(ctx); lookErr == nil && still {
+			refused.Place, refused.Cause = d.Container.describe(at), "it was connected just now"
+		}
+		return Stats{}, refused
+	}
 	if errors.Is(err, errConnectedTCP) && network == skipNetworkLock {
 		if err := removeContent(d.Images); err != nil {
 			return Stats{}, fmt.Errorf("clear images of first attempt: %w", err)

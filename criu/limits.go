@@ -33,6 +33,7 @@ const (
 	tracedName        = "process under a debugger"
 	stuckName         = "process in uninterruptible sleep"
 	userNamespaceName = "user namespace of its own"
+	refusedTCPName    = "TCP connection, where none are wanted"
 	volumeLinkName    = "deleted file with another name, in a volume"
 )
 
@@ -47,6 +48,10 @@ var limits = []Limit{
 		Name: "TCP connection, and no means to lock the network", Kind: Unsupported,
 		Advice:  "a connection can only be dumped while its network is locked; install iptables, or a criu with nftables",
 		pattern: regexp.MustCompile(`Locking network failed|Iptables configuration failed|Failed to lock TCP connection`),
+	},
+	{
+		Name: refusedTCPName, Kind: Unsupported,
+		Advice: "checkpoint.tcp refuses connections; close it first, or set that to established",
 	},
 	{
 		Name: "MPTCP socket", Kind: Unsupported,

@@ -27,11 +27,18 @@ const (
 const skipSince = 31900
 
 // chooseNetwork has the network locked only where it must be: without an established TCP connection there is nothing to lock it for, and
-// that would cut off the pod's other containers and its probes too.
+// that would cut off the pod's other containers and its probes too. Where connections are refused, one is an error.
 func (d Dump) chooseNetwork(ctx context.Context) (networkMode, error) {
-	if d.Version >= skipSince {
-		if connected, err := d.Container.connectedTCP(ctx); err != nil || !connected {
-			return skipNetworkLock, err
+	if d.Version >= skipSince || d.RefuseTCP {
+		at, connected, err := d.Container.connectedTCP(ctx)
+		if err != nil {
+			return 0, err
+		}
+		if connected && d.RefuseTCP {
+			return 0, &Error{Limit: limit(refusedTCPName), Place: d.Container.describe(at), Cause: "it is connected"}
+		}
+		if !connected && d.Version >= skipSince {
+			return skipNetworkLock, nil
 		}
 	}
 	return lockMethod(ctx, d.Criu), nil
@@ -71,9 +78,9 @@ func (d Dump) options(network networkMode) *rpc.CriuOpts {
 	case skipNetworkLock:
 		opts.NetworkLock = rpc.CriuNetworkLockMethod_SKIP.Enum()
 	case lockNetwork:
-		opts.TcpEstablished = proto.Bool(true)
+		opts.TcpEstablished = proto.Bool(!d.RefuseTCP)
 	case lockNetworkByNftables:
-		opts.TcpEstablished = proto.Bool(true)
+		opts.TcpEstablished = proto.Bool(!d.RefuseTCP)
 		opts.NetworkLock = rpc.CriuNetworkLockMethod_NFTABLES.Enum()
 	}
 	if c.Freezer != "" {

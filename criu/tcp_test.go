@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 )
 
@@ -22,9 +23,24 @@ func TestParseSocket(t *testing.T) {
 		{"TIME_WAIT", "   2: 0100007F:1F90 0100007F:D2F2 06 00000000:00000000 03:00000F3E 00000000     0        0 0 3 0", "0", false},
 		{"cut off", "   1: 0100007F:1F90 0100007F:D2F0 01", "", false},
 	} {
-		inode, connected := parseSocket(test.line)
+		inode, _, connected := parseSocket(test.line)
 		if connected != test.connected || connected && inode != test.inode {
 			t.Errorf("%s: got %q, %t; want %q, %t", test.name, inode, connected, test.inode, test.connected)
+		}
+	}
+}
+
+func TestParseAddress(t *testing.T) {
+	for text, want := range map[string]string{
+		"0100007F:1F90":                         "127.0.0.1:8080",
+		"B80D01200000000067452301EFCDAB89:0050": "[2001:db8::123:4567:89ab:cdef]:80",
+		"0000000000000000FFFF00000100007F:0050": "127.0.0.1:80", // IPv4 in IPv6
+		"0100007F:1F90F":                        "0100007F:1F90F",
+		"no":                                    "no",
+		"":                                      "",
+	} {
+		if got := parseAddress(text); got != want { // on a little-endian machine, as all are that crishim is for
+			t.Errorf("%q is %q, want %q", text, got, want)
 		}
 	}
 }
@@ -32,8 +48,12 @@ func TestParseSocket(t *testing.T) {
 func TestConnectedTCP(t *testing.T) {
 	check := func(pid int, want bool, when string) {
 		t.Helper()
-		if got, err := (Container{Pid: pid}).connectedTCP(t.Context()); err != nil || got != want {
+		at, got, err := (Container{Pid: pid}).connectedTCP(t.Context())
+		if err != nil || got != want {
 			t.Errorf("%s: got %t, %v; want %t", when, got, err, want)
+		}
+		if got && (at.fd < 3 || !strings.Contains(at.path, "TCP connection of 127.0.0.1:")) {
+			t.Errorf("%s: it is at %+v", when, at)
 		}
 	}
 	self := os.Getpid()
@@ -61,7 +81,7 @@ func TestConnectedTCP(t *testing.T) {
 
 	ended, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("no time"))
-	if _, err := (Container{Pid: self}).connectedTCP(ended); err == nil || err.Error() != "no time" {
+	if _, _, err := (Container{Pid: self}).connectedTCP(ended); err == nil || err.Error() != "no time" {
 		t.Errorf("with a context that has ended: %v", err)
 	}
 }
@@ -99,7 +119,7 @@ func start(t *testing.T, file *os.File, script string) (pid int) {
 func FuzzParseSocket(f *testing.F) {
 	f.Add("   1: 0100007F:1F90 0100007F:D2F0 01 00000000:00000000 00:00000000 00000000     0        0 4242 1 0 20 4 30 10 -1")
 	f.Fuzz(func(t *testing.T, line string) {
-		if inode, connected := parseSocket(line); connected && inode == "" {
+		if inode, _, connected := parseSocket(line); connected && inode == "" {
 			t.Error("connected without an inode")
 		}
 	})

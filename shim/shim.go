@@ -9,11 +9,13 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -24,16 +26,26 @@ import (
 	"crishim/shim/relay"
 )
 
-// Config is what the daemon is told at start.
+// Config is what the daemon is told.
 type Config struct {
 	Listen          string // endpoint for the kubelet: unix:///path or a path; not used where systemd hands a socket over
 	RuntimeEndpoint string // of the runtime, in the same form
-	Criu            string // path of criu, or its name in PATH
 	Version         string // of crishim: archives say what has made them
 	State           string // directory for the records of checkpoints in flight; no other crishim uses it
-	Archive         archive.Options
-	Bounds          checkpoint.Bounds
 	Log             logrus.FieldLogger
+
+	// What can change while it runs.
+	Mode        Mode     // who answers CheckpointContainer; "" for Always
+	Criu        string   // path of criu, or its name in PATH
+	Directories []string // in which archives may appear; empty for all that are fit for it
+	RefuseTCP   bool     // whether a container with an established TCP connection is refused
+	Archive     archive.Options
+	Bounds      checkpoint.Bounds
+
+	// Reload, if not nil, is called for each value that comes from Hangup, and returns what there is to change to, which makes sense. The error says
+	// what is wrong, in lines: then all stays as it was.
+	Reload func() (Config, error)
+	Hangup <-chan os.Signal
 }
 
 const (
@@ -54,7 +66,7 @@ func (c Config) Validate() error {
 	if _, err := socketPath(c.Listen); err != nil {
 		return fmt.Errorf("parse listen address: %w", err)
 	}
-	return nil
+	return c.Mode.validate()
 }
 
 // Run serves until ctx ends, then shuts down in order and returns nil. Any other error is of the start: a listening address
@@ -78,10 +90,13 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer runtime.Close()
-	checkpoints := checkpoint.New(checkpoint.Config{
+	base := checkpoint.Config{
 		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
-		Criu: config.Criu, Version: config.Version, State: config.State, Archive: config.Archive, Bounds: config.Bounds, Log: config.Log,
-	})
+		Version: config.Version, State: config.State, Log: config.Log,
+	}
+	checkpoints := checkpoint.New(config.checkpoint(base))
+	route := newRoute(runtime, config.Mode, config.Log)
+	defer route.close()
 	server := grpc.NewServer()
 	defer server.Stop()
 	runtimeapi.RegisterRuntimeServiceServer(server, checkpoints)
@@ -90,6 +105,7 @@ func Run(ctx context.Context, config Config) error {
 			return (&net.Dialer{}).DialContext(ctx, "unix", runtimePath)
 		},
 		Handlers: map[string]http.Handler{runtimeapi.RuntimeService_CheckpointContainer_FullMethodName: server},
+		Passes:   route.passes,
 		Endless:  []string{runtimeapi.RuntimeService_GetContainerEvents_FullMethodName},
 		Log:      config.Log,
 	})
@@ -105,10 +121,20 @@ func Run(ctx context.Context, config Config) error {
 	notifySystemd(config.Log, daemon.SdNotifyReady)
 
 	broken := false
-	select {
-	case err = <-served: // the listener broke
-		broken = true
-	case <-ctx.Done():
+	for serving := true; serving; {
+		select {
+		case err = <-served: // the listener broke
+			serving, broken = false, true
+		case <-ctx.Done():
+			serving = false
+		case <-config.Hangup:
+			notifySystemd(config.Log, reloading())
+			config.reload(func(changed Config) {
+				checkpoints.Reconfigure(changed.checkpoint(base))
+				route.set(changed.Mode)
+			})
+			notifySystemd(config.Log, daemon.SdNotifyReady)
+		}
 	}
 	notifySystemd(config.Log, daemon.SdNotifyStopping)
 	config.Log.Info("shutting down: finishing checkpoints in flight, relaying goes on")
@@ -127,6 +153,34 @@ func Run(ctx context.Context, config Config) error {
 	<-prepared
 	config.Log.Info("bye")
 	return err
+}
+
+// checkpoint is what the checkpoint service needs, with what it has whatever the configuration.
+func (c Config) checkpoint(base checkpoint.Config) checkpoint.Config {
+	base.Criu, base.Directories, base.RefuseTCP, base.Archive, base.Bounds = c.Criu, c.Directories, c.RefuseTCP, c.Archive, c.Bounds
+	return base
+}
+
+// reload has what can change while the daemon runs changed to what Reload returns.
+func (c Config) reload(change func(Config)) {
+	if c.Reload == nil {
+		return
+	}
+	changed, err := c.Reload()
+	if err != nil {
+		for line := range strings.Lines(err.Error()) {
+			c.Log.Errorf("the configuration is wrong, and stays as it was: %s", strings.TrimSpace(line))
+		}
+		return
+	}
+	change(changed)
+}
+
+// reloading tells systemd, and since when by its clock (sd_notify(3), of version 253; earlier ones pass over that).
+func reloading() string {
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) // it has no way to fail
+	return fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/1000)
 }
 
 // dialRuntime returns a client for what crishim itself asks of the runtime. It connects when it is used, and comes back as

@@ -2,10 +2,13 @@ package main
 
 import (
 	"os"
+	"os/signal"
 	"runtime"
+	"strings"
 
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"crishim/shim"
 	"crishim/shim/config"
@@ -29,7 +32,8 @@ is said here wins. A mistake in the file is an error, and serve does not start.`
   #   --container-runtime-endpoint=unix:///run/crishim/crishim.sock`,
 		Args: cobra.NoArgs,
 		RunE: func(command *cobra.Command, _ []string) error {
-			c, err := config.Sources{File: file, Environment: os.Environ(), Flags: command.Flags()}.Load()
+			sources := config.Sources{File: file, Environment: os.Environ(), Flags: command.Flags()}
+			c, err := sources.Load()
 			if err != nil {
 				return err
 			}
@@ -44,7 +48,12 @@ is said here wins. A mistake in the file is an error, and serve does not start.`
 			for _, name := range c.Ignored {
 				log.Warnf("%s in the environment is no key of the configuration, and is ignored", name)
 			}
-			return shim.Run(command.Context(), daemon(c, log))
+			hangup := make(chan os.Signal, 1)
+			signal.Notify(hangup, unix.SIGHUP)
+			defer signal.Stop(hangup)
+			told := daemon(c, log)
+			told.Hangup, told.Reload = hangup, reloader(sources, c, log)
+			return shim.Run(command.Context(), told)
 		},
 	}
 	configFlag(command, &file)
@@ -52,10 +61,41 @@ is said here wins. A mistake in the file is an error, and serve does not start.`
 	return command
 }
 
+// reloader returns a function that reads the configuration again, lets the log go by it, and says what has changed. In the daemon it runs once at a
+// time.
+func reloader(sources config.Sources, start *config.Config, log *logrus.Logger) func() (shim.Config, error) {
+	last := start
+	return func() (shim.Config, error) {
+		next, err := sources.Load()
+		if err != nil {
+			return shim.Config{}, err
+		}
+		told := daemon(next, log)
+		if err := told.Validate(); err != nil {
+			return shim.Config{}, err
+		}
+		changed, _ := last.Changed(next)
+		_, later := start.Changed(next)
+		last = next
+		log.SetFormatter(next.Format())
+		log.SetLevel(next.Level)
+		if len(changed) > 0 {
+			log.Infof("the configuration was read again; changed: %s", strings.Join(changed, ", "))
+		} else {
+			log.Info("the configuration was read again; nothing has changed that can while crishim runs")
+		}
+		if len(later) > 0 {
+			log.Warnf("a restart of crishim is needed for what has changed of %s", strings.Join(later, ", "))
+		}
+		return told, nil
+	}
+}
+
 // daemon is what a configuration means to the daemon.
 func daemon(c *config.Config, log *logrus.Logger) shim.Config {
 	return shim.Config{
-		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, Criu: c.Keys.Criu, State: c.Keys.StateDir, Version: version, Log: log,
-		Archive: c.Archive, Bounds: c.Bounds,
+		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, State: c.Keys.StateDir, Version: version, Log: log,
+		Mode: shim.Mode(c.Keys.Checkpoint.Mode), Criu: c.Keys.Criu, Directories: c.Keys.Checkpoint.Directories,
+		RefuseTCP: c.Keys.Checkpoint.TCP == "refuse", Archive: c.Archive, Bounds: c.Bounds,
 	}
 }

@@ -45,6 +45,13 @@ func (l *Location) Shares(path string) bool {
 	return unix.Fstat(int(l.dir.Fd()), &here) == nil && unix.Stat(path, &there) == nil && here.Dev == there.Dev
 }
 
+// In tells whether the archive is to appear in the directory that a path leads to, whatever names there are for it. What cannot be looked at it is
+// not in.
+func (l *Location) In(dir string) bool {
+	var here, there unix.Stat_t
+	return unix.Fstat(int(l.dir.Fd()), &here) == nil && unix.Stat(dir, &there) == nil && here.Dev == there.Dev && here.Ino == there.Ino
+}
+
 // Used is how much room the staged files take, in bytes, scratch files included. It may be called while others stage.
 func (s *Staging) Used() int64 {
 	used := int64(0)

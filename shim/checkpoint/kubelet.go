@@ -18,7 +18,7 @@ import (
 
 // reserve is what must stay free at a location: what the operator wants, or what the kubelet does if that is more. A kubelet evicts pods when its disk
 // falls below its hard thresholds, which is worse than no checkpoint.
-func (s *Service) reserve(ctx context.Context, path string) (*crishimv1.Reserve, error) {
+func (s *Service) reserve(ctx context.Context, path string, bounds Bounds) (*crishimv1.Reserve, error) {
 	location, err := archive.OpenLocation(path)
 	if err != nil {
 		return nil, err
@@ -28,7 +28,6 @@ func (s *Service) reserve(ctx context.Context, path string) (*crishimv1.Reserve,
 	if err != nil {
 		return nil, err
 	}
-	bounds := s.config.Bounds
 	r := &crishimv1.Reserve{
 		Bytes: bounds.Reserve.of(room.Total), BytesOf: "checkpoint.reserve of the configuration",
 		Inodes: bounds.ReserveInodes.of(room.TotalInodes), InodesOf: "checkpoint.reserve_inodes of the configuration",
@@ -66,7 +65,7 @@ func threshold(value string, total int64) int64 {
 func (s *Service) holdsImages(ctx context.Context, location *archive.Location) bool {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	info, err := s.config.Images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
+	info, err := s.config().Images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
 	if err != nil {
 		return false
 	}
@@ -83,9 +82,9 @@ func (s *Service) holdsImages(ctx context.Context, location *archive.Location) b
 func (s *Service) layerSize(ctx context.Context, id string) int64 {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	answer, err := s.config.Runtime.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: id})
+	answer, err := s.config().Runtime.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: id})
 	if err != nil {
-		s.config.Log.Debugf("the size of the writable layer of container %s is not known: %v", id, err)
+		s.config().Log.Debugf("the size of the writable layer of container %s is not known: %v", id, err)
 		return 0
 	}
 	return int64(answer.GetStats().GetWritableLayer().GetUsedBytes().GetValue())

@@ -158,6 +158,7 @@ var limits = map[string]limit{
 var elsewhere = map[string]string{
 	"full disk": "TestADiskThatIsTooSmall",
 	"TCP connection, and no means to lock the network": "TestTheNetworkLock",
+	"TCP connection, where none are wanted":            "TestConnectionsThatAreRefused",
 	"no CRIU, or one that is too old":                  "TestWithoutCRIU",
 }
 

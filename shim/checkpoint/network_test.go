@@ -93,8 +93,13 @@ func establishedConnection(t *testing.T, network runtimeapi.NamespaceMode) {
 	})
 }
 
-// The container's connections are looked at before the dump. One that comes after that look must not fail it.
+// The container's connections are looked at before the dump. One that comes after that look must not fail it, unless none are wanted.
 func TestAConnectionThatComesLast(t *testing.T) {
+	t.Run("dumped", func(t *testing.T) { connectionThatComesLast(t, false) })
+	t.Run("refused", func(t *testing.T) { connectionThatComesLast(t, true) })
+}
+
+func connectionThatComesLast(t *testing.T, refuse bool) {
 	containerd := node.Containerd(t)
 	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "net", "server", "8080"}})
 	node.WaitCount(t, 0, c.Log)
@@ -106,7 +111,7 @@ func TestAConnectionThatComesLast(t *testing.T) {
 	dir := t.TempDir()
 	started, may := filepath.Join(dir, "started"), filepath.Join(dir, "may")
 	criu := standIn(t, "swrk*) touch "+started+"; until [ -e "+may+" ]; do sleep 0.01; done ;;")
-	service := serviceWith(t, containerd, criu)
+	service := serviceWith(t, containerd, criu, func(config *checkpoint.Config) { config.RefuseTCP = refuse })
 	path := location(t)
 	result := make(chan error, 1)
 	go func() {
@@ -140,7 +145,14 @@ func TestAConnectionThatComesLast(t *testing.T) {
 	if err := os.WriteFile(may, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-result; err != nil {
+	err = <-result
+	if refuse {
+		connectionRefused(t, err, "process 1 (workload), descriptor ", ":8080 with ", "it was connected just now")
+		exchange()
+		unharmed(t, c, path)
+		return
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	exchange()
@@ -149,12 +161,52 @@ func TestAConnectionThatComesLast(t *testing.T) {
 	}
 }
 
-// serviceWith is the checkpoint service with a certain criu.
-func serviceWith(t *testing.T, containerd *node.Client, criu string) *checkpoint.Service {
+func TestConnectionsThatAreRefused(t *testing.T) {
+	containerd := node.Containerd(t)
+	c := containerd.Run(t, node.Spec{Command: []string{"/bin/workload", "tcp"}})
+	node.WaitCount(t, 5, c.Log)
+	pid, err := c.Pid(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	service := serviceWith(t, containerd, "criu", func(config *checkpoint.Config) { config.RefuseTCP = true })
+	path := location(t)
+	_, err = service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
+	connectionRefused(t, err, "process 1 (workload), descriptor ", " (TCP connection of 127.0.0.1:", " with 127.0.0.1:")
+	unlocked(t, pid)
+	unharmed(t, c, path)
+
+	// Without a connection it is all the same.
+	without := containerd.Run(t, node.Spec{})
+	node.WaitCount(t, 0, without.Log)
+	if _, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: without.ID, Location: path}); err != nil {
+		t.Error(err)
+	}
+}
+
+// connectionRefused fails the test unless a checkpoint was refused for a connection, with these words in the error.
+func connectionRefused(t *testing.T, err error, words ...string) {
 	t.Helper()
-	service := checkpoint.New(checkpoint.Config{
+	if status.Code(err) != codes.FailedPrecondition {
+		t.Fatalf("error is %v, want FailedPrecondition", err)
+	}
+	for _, word := range append(words, "checkpoint.tcp refuses connections; close it first, or set that to established") {
+		if !strings.Contains(err.Error(), word) {
+			t.Errorf("error is %v, want one with %q", err, word)
+		}
+	}
+}
+
+// serviceWith is the checkpoint service with a certain criu, and what is changed of its configuration.
+func serviceWith(t *testing.T, containerd *node.Client, criu string, changes ...func(*checkpoint.Config)) *checkpoint.Service {
+	t.Helper()
+	config := checkpoint.Config{
 		Runtime: containerd.Runtime, Images: containerd.Images, Criu: criu, Version: "test", State: t.TempDir(), Log: testLog(t),
-	})
+	}
+	for _, change := range changes {
+		change(&config)
+	}
+	service := checkpoint.New(config)
 	t.Cleanup(func() { service.Drain(context.Background()) })
 	return service
 }

@@ -24,7 +24,7 @@ func (s *Service) origin(ctx context.Context, features criu.Features, c *contain
 	var name unix.Utsname
 	_ = unix.Uname(&name) // it has no way to fail
 	return archive.Origin{
-		Crishim:        s.config.Version,
+		Crishim:        s.config().Version,
 		RuntimeVersion: runtimeVersion(ctx, c.RuntimeBinary),
 		Criu:           features.VersionString(),
 		Kernel:         unix.ByteSliceToString(name.Release[:]),
@@ -97,9 +97,9 @@ func (s *Service) imageID(ctx context.Context, c *container.Container) string {
 	if _, bare, ok := strings.Cut(image, "://"); ok {
 		image = bare
 	}
-	answer, err := s.config.Images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	answer, err := s.config().Images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	if err != nil {
-		s.config.Log.Debugf("archive goes without the id of image %s: %v", image, err)
+		s.config().Log.Debugf("archive goes without the id of image %s: %v", image, err)
 		return ""
 	}
 	match := hexID.FindStringSubmatch(answer.GetImage().GetId())

@@ -59,7 +59,7 @@ func (s *Service) Repair() error {
 // repair puts right what one checkpoint has left, and tells of it.
 func (s *Service) repair(record *crishimv1.Record) {
 	job := record.GetJob()
-	log := s.config.Log.WithFields(logrus.Fields{"container": job.GetContainer().GetId(), "location": job.GetLocation()})
+	log := s.config().Log.WithFields(logrus.Fields{"container": job.GetContainer().GetId(), "location": job.GetLocation()})
 	failpoint.Hit("repair begun")
 	done, err := repair(s.closing, record, log)
 	failpoint.Hit("repair done")

@@ -13,7 +13,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -30,19 +33,23 @@ import (
 type Config struct {
 	Runtime runtimeapi.RuntimeServiceClient
 	Images  runtimeapi.ImageServiceClient
-	Criu    string // name of the binary, looked for in PATH, or its path
 	Version string // of crishim
 	State   string // directory for the records of checkpoints in flight, made if need be
-	Archive archive.Options
-	Bounds  Bounds
 	Log     logrus.FieldLogger
+
+	// What Reconfigure can change.
+	Criu        string   // name of the binary, looked for in PATH, or its path
+	Directories []string // in which archives may appear, and in none below them; empty for all that are fit for it
+	RefuseTCP   bool     // whether a container with an established TCP connection is refused
+	Archive     archive.Options
+	Bounds      Bounds
 }
 
 // Service is the server of the one RPC that crishim answers itself. It is safe for concurrent use.
 type Service struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
-	config  Config
-	slots   chan struct{}
+	current atomic.Pointer[Config]
+	slots   slots
 	journal *journal
 	opening sync.Mutex // held while the journal is opened and containers of its records are claimed
 
@@ -59,13 +66,24 @@ type Service struct {
 // New returns a service that is ready for requests.
 func New(config Config) *Service {
 	closing, cancel := context.WithCancelCause(context.Background())
-	config.Bounds.Parallel = cmp.Or(config.Bounds.Parallel, 2)
-	return &Service{
-		config: config, slots: make(chan struct{}, config.Bounds.Parallel), journal: &journal{dir: config.State, log: config.Log},
+	s := &Service{
+		journal:  &journal{dir: config.State, log: config.Log},
 		inFlight: make(map[string]error),
 		closing:  closing, close: cancel,
 	}
+	s.Reconfigure(config)
+	return s
 }
+
+// Reconfigure puts another configuration in the place of the one that there is. What only New takes must be the same in it. Requests that
+// have come before keep to the one that they began with, but for the number of checkpoints at once.
+func (s *Service) Reconfigure(config Config) {
+	config.Bounds.Parallel = cmp.Or(config.Bounds.Parallel, 2)
+	s.current.Store(&config)
+	s.slots.resize(config.Bounds.Parallel)
+}
+
+func (s *Service) config() *Config { return s.current.Load() }
 
 var errDraining = errors.New("crishim is shutting down")
 
@@ -83,13 +101,17 @@ func (s *Service) Drain(ctx context.Context) {
 
 // Probe looks for CRIU. What it found is kept for as long as the same binary is there.
 func (s *Service) Probe(ctx context.Context) (criu.Features, error) {
+	return s.probe(ctx, s.config().Criu)
+}
+
+func (s *Service) probe(ctx context.Context, name string) (criu.Features, error) {
 	s.mu.Lock()
 	known := s.features
 	s.mu.Unlock()
-	if known != nil && known.Current(s.config.Criu) {
+	if known != nil && known.Current(name) {
 		return *known, nil
 	}
-	found, err := criu.Probe(ctx, s.config.Criu)
+	found, err := criu.Probe(ctx, name)
 	if err != nil {
 		return criu.Features{}, err
 	}
@@ -103,7 +125,7 @@ func (s *Service) Probe(ctx context.Context) (criu.Features, error) {
 // durable, or when the container runs again and nothing of the attempt is left.
 func (s *Service) CheckpointContainer(ctx context.Context, request *runtimeapi.CheckpointContainerRequest) (*runtimeapi.CheckpointContainerResponse, error) {
 	start := time.Now()
-	log := s.config.Log.WithFields(logrus.Fields{"container": request.GetContainerId(), "location": request.GetLocation()})
+	log := s.config().Log.WithFields(logrus.Fields{"container": request.GetContainerId(), "location": request.GetLocation()})
 	result, err := s.checkpoint(ctx, request, log)
 	log = log.WithField("seconds", time.Since(start).Seconds())
 	if err != nil {
@@ -136,17 +158,18 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 		defer cancelTimeout()
 	}
 
-	if err := validate(request); err != nil {
+	config := s.config()
+	if err := validate(request, config.Directories); err != nil {
 		return nil, err
 	}
-	features, err := s.Probe(ctx)
+	features, err := s.probe(ctx, config.Criu)
 	if err != nil {
 		return nil, err
 	}
 	if err := s.Repair(); err != nil {
 		return nil, err
 	}
-	c, err := container.Describe(ctx, s.config.Runtime, request.GetContainerId())
+	c, err := container.Describe(ctx, config.Runtime, request.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
@@ -155,12 +178,10 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 		return nil, err
 	}
 	defer leave()
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	case <-ctx.Done():
-		return nil, fmt.Errorf("wait for one of %d checkpoints at once on this node to end: %w", s.config.Bounds.Parallel, context.Cause(ctx))
+	if err := s.slots.take(ctx); err != nil {
+		return nil, err
 	}
+	defer s.slots.give()
 	// Not before: a checkpoint in flight freezes the container, too.
 	if err := c.VerifyRunning(); err != nil {
 		return nil, err
@@ -169,9 +190,9 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	if err != nil {
 		return nil, err
 	}
-	job.Compression, job.Digest = s.config.Archive.Compression, s.config.Archive.Digest
-	job.MaxFrozenUs = s.config.Bounds.MaxFrozen.Microseconds()
-	if job.Reserve, err = s.reserve(ctx, request.GetLocation()); err != nil {
+	job.Compression, job.Digest = config.Archive.Compression, config.Archive.Digest
+	job.MaxFrozenUs, job.RefuseTcp = config.Bounds.MaxFrozen.Microseconds(), config.RefuseTCP
+	if job.Reserve, err = s.reserve(ctx, request.GetLocation(), config.Bounds); err != nil {
 		return nil, err
 	}
 	if layer := job.GetContainer().GetLayer(); layer != nil {
@@ -213,8 +234,9 @@ func (s *Service) claim(id string, reason error) (leave func(), err error) {
 	}, nil
 }
 
-// validate refuses what cannot succeed before anything is asked of the runtime. The helper checks the location again.
-func validate(request *runtimeapi.CheckpointContainerRequest) error {
+// validate refuses what cannot succeed before anything is asked of the runtime, and a location outside of directories, if there are any. The helper
+// checks the location again.
+func validate(request *runtimeapi.CheckpointContainerRequest, directories []string) error {
 	if request.GetContainerId() == "" {
 		return fmt.Errorf("%w: container_id is empty", errInvalid)
 	}
@@ -225,5 +247,10 @@ func validate(request *runtimeapi.CheckpointContainerRequest) error {
 	if err != nil {
 		return err
 	}
-	return location.Close()
+	defer location.Close()
+	if len(directories) > 0 && !slices.ContainsFunc(directories, location.In) {
+		return fmt.Errorf("%w: location %q: it is not directly in one of the directories that checkpoint.directories of crishim's configuration has: %s",
+			errInvalid, request.GetLocation(), strings.Join(directories, ", "))
+	}
+	return nil
 }

@@ -104,6 +104,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		Version:   int(job.GetCriuVersion()),
 		Container: criuContainer(job.GetContainer()),
 		Captured:  captured,
+		RefuseTCP: job.GetRefuseTcp(),
 		Images:    staging.Images(),
 		Work:      staging.Dir(),
 		PreDump:   frozen.begin,

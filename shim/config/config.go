@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"reflect"
 	"text/tabwriter"
 	"time"
@@ -56,12 +57,22 @@ func (c *Config) parse() (mistakes []error) {
 		}
 		wrong(key, "%q: it is %s", value, either(allowed))
 	}
+	absolute := func(key string, directories []string) {
+		for _, dir := range directories {
+			if !filepath.IsAbs(dir) || dir != filepath.Clean(dir) {
+				wrong(key, "%q: it is the absolute path of a directory, without a slash at the end", dir)
+			}
+		}
+	}
 
 	var err error
 	if c.Level, err = logrus.ParseLevel(k.LogLevel); err != nil {
 		wrong("log_level", "%q: it is debug, info, warn or error", k.LogLevel)
 	}
 	oneOf("log_format", k.LogFormat, "text", "json")
+	oneOf("checkpoint.mode", k.Checkpoint.Mode, "always", "auto", "never")
+	absolute("checkpoint.directories", k.Checkpoint.Directories)
+	oneOf("checkpoint.tcp", k.Checkpoint.TCP, "established", "refuse")
 	oneOf("checkpoint.compression", k.Checkpoint.Compression, archive.None, archive.Zstd)
 	oneOf("checkpoint.digest", k.Checkpoint.Digest, archive.SHA256, archive.None)
 	c.Archive = archive.Options{Compression: k.Checkpoint.Compression, Digest: k.Checkpoint.Digest}

@@ -25,12 +25,15 @@ type Keys struct {
 	LogLevel        string `toml:"log_level" flag:"log-level"`
 	LogFormat       string `toml:"log_format" flag:"log-format"`
 	Checkpoint      struct {
-		Compression   string `toml:"compression" flag:"compression"`
-		Digest        string `toml:"digest" flag:"digest"`
-		Reserve       string `toml:"reserve"`
-		ReserveInodes string `toml:"reserve_inodes"`
-		MaxFrozen     string `toml:"max_frozen"`
-		Parallel      int    `toml:"parallel"`
+		Mode          string   `toml:"mode"`
+		Directories   []string `toml:"directories"`
+		TCP           string   `toml:"tcp"`
+		Compression   string   `toml:"compression" flag:"compression"`
+		Digest        string   `toml:"digest" flag:"digest"`
+		Reserve       string   `toml:"reserve"`
+		ReserveInodes string   `toml:"reserve_inodes"`
+		MaxFrozen     string   `toml:"max_frozen"`
+		Parallel      int      `toml:"parallel"`
 	} `toml:"checkpoint"`
 }
 

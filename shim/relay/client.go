@@ -152,7 +152,7 @@ func (p *clientPump) headers(r *request) error {
 	if r.id > l.told {
 		return nil // the client knows from our GOAWAY that nobody saw it
 	}
-	switch handler := l.s.cfg.Handlers[r.path]; {
+	switch handler := l.s.handler(r.path); {
 	case r.large:
 		l.client.send(appendReset(nil, r.id, http2.ErrCodeEnhanceYourCalm))
 	case r.bad != "":

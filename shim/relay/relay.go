@@ -52,6 +52,9 @@ type Config struct {
 	// request ends: that is when the client resets the stream or goes away.
 	Handlers map[string]http.Handler
 
+	// Passes, if not nil, is asked for each stream that has a handler whether it is the runtime's after all. It must not block.
+	Passes func(path string) bool
+
 	// Endless are the :paths of calls that do not end by themselves, such as
 	// "/runtime.v1.RuntimeService/GetContainerEvents": Shutdown cuts them at
 	// once instead of waiting.
@@ -152,6 +155,15 @@ func (s *Server) Serve(l net.Listener) error {
 		}
 		s.start(conn)
 	}
+}
+
+// handler returns who serves the streams of a path in this process, nil where the runtime does.
+func (s *Server) handler(path string) http.Handler {
+	handler := s.cfg.Handlers[path]
+	if handler != nil && s.cfg.Passes != nil && s.cfg.Passes(path) {
+		return nil
+	}
+	return handler
 }
 
 func (s *Server) isClosed() bool {

@@ -186,7 +186,9 @@ type Job struct {
 	Digest  string   `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
 	Reserve *Reserve `protobuf:"bytes,10,opt,name=reserve,proto3" json:"reserve,omitempty"`
 	// How long the container may stand still, in microseconds; 0 for no bound.
-	MaxFrozenUs   int64 `protobuf:"varint,11,opt,name=max_frozen_us,json=maxFrozenUs,proto3" json:"max_frozen_us,omitempty"`
+	MaxFrozenUs int64 `protobuf:"varint,11,opt,name=max_frozen_us,json=maxFrozenUs,proto3" json:"max_frozen_us,omitempty"`
+	// Whether a container with an established TCP connection is refused.
+	RefuseTcp     bool `protobuf:"varint,12,opt,name=refuse_tcp,json=refuseTcp,proto3" json:"refuse_tcp,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -289,6 +291,13 @@ func (x *Job) GetMaxFrozenUs() int64 {
 		return x.MaxFrozenUs
 	}
 	return 0
+}
+
+func (x *Job) GetRefuseTcp() bool {
+	if x != nil {
+		return x.RefuseTcp
+	}
+	return false
 }
 
 // Reserve is what is never used up of the location's file system.
@@ -1214,7 +1223,7 @@ var File_crishim_v1_checkpoint_proto protoreflect.FileDescriptor
 const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"\x1bcrishim/v1/checkpoint.proto\x12\n" +
-	"crishim.v1\"\xe2\x02\n" +
+	"crishim.v1\"\x81\x03\n" +
 	"\x03Job\x12\x1a\n" +
 	"\blocation\x18\x01 \x01(\tR\blocation\x12\x12\n" +
 	"\x04criu\x18\x02 \x01(\tR\x04criu\x12!\n" +
@@ -1226,7 +1235,9 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\x06digest\x18\b \x01(\tR\x06digest\x12-\n" +
 	"\areserve\x18\n" +
 	" \x01(\v2\x13.crishim.v1.ReserveR\areserve\x12\"\n" +
-	"\rmax_frozen_us\x18\v \x01(\x03R\vmaxFrozenUs\"o\n" +
+	"\rmax_frozen_us\x18\v \x01(\x03R\vmaxFrozenUs\x12\x1d\n" +
+	"\n" +
+	"refuse_tcp\x18\f \x01(\bR\trefuseTcp\"o\n" +
 	"\aReserve\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\x12\x16\n" +
 	"\x06inodes\x18\x02 \x01(\x03R\x06inodes\x12\x19\n" +
