@@ -43,6 +43,7 @@ is said here wins. A mistake in the file is an error, and serve does not start.`
 				runtime.GOMAXPROCS(1)
 			}
 			log := logrus.New()
+			log.SetOutput(command.ErrOrStderr())
 			log.SetLevel(c.Level)
 			log.SetFormatter(c.Format())
 			for _, name := range c.Ignored {
@@ -80,7 +81,7 @@ func reloader(sources config.Sources, start *config.Config, log *logrus.Logger) 
 		log.SetFormatter(next.Format())
 		log.SetLevel(next.Level)
 		if len(changed) > 0 {
-			log.Infof("the configuration was read again; changed: %s", strings.Join(changed, ", "))
+			log.Infof("the configuration was read again, and taken over; changed: %s", strings.Join(changed, ", "))
 		} else {
 			log.Info("the configuration was read again; nothing has changed that can while crishim runs")
 		}
