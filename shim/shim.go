@@ -41,6 +41,7 @@ type Config struct {
 	RefuseTCP   bool     // whether a container with an established TCP connection is refused
 	Archive     archive.Options
 	Bounds      checkpoint.Bounds
+	Retention   Retention
 
 	// Reload, if not nil, is called for each value that comes from Hangup, and returns what there is to change to, which makes sense. The error says
 	// what is wrong, in lines: then all stays as it was.
@@ -90,9 +91,10 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer runtime.Close()
+	retainer := newRetainer(config.Retention, config.Log)
 	base := checkpoint.Config{
 		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
-		Version: config.Version, State: config.State, Log: config.Log,
+		Version: config.Version, State: config.State, Log: config.Log, Written: retainer.written,
 	}
 	checkpoints := checkpoint.New(config.checkpoint(base))
 	route := newRoute(runtime, config.Mode, config.Log)
@@ -117,6 +119,11 @@ func Run(ctx context.Context, config Config) error {
 		defer close(prepared)
 		prepare(ctx, checkpoints, config.Log)
 	}()
+	retained := make(chan struct{})
+	go func() {
+		defer close(retained)
+		retainer.run(ctx)
+	}()
 	config.Log.WithFields(logrus.Fields{"listen": listener.Addr().String(), "runtime": runtimePath}).Info("serving")
 	notifySystemd(config.Log, daemon.SdNotifyReady)
 
@@ -132,6 +139,7 @@ func Run(ctx context.Context, config Config) error {
 			config.reload(func(changed Config) {
 				checkpoints.Reconfigure(changed.checkpoint(base))
 				route.set(changed.Mode)
+				retainer.changed(changed.Retention)
 			})
 			notifySystemd(config.Log, daemon.SdNotifyReady)
 		}
@@ -151,6 +159,7 @@ func Run(ctx context.Context, config Config) error {
 		err = <-served
 	}
 	<-prepared
+	<-retained
 	config.Log.Info("bye")
 	return err
 }

@@ -38,6 +38,6 @@ CRIU and writes an archive where the kubelet asked for it.`,
 		SilenceErrors: true,
 		Version:       version,
 	}
-	root.AddCommand(serveCommand(), configCommand(), verifyCommand(), convertCommand(), versionCommand())
+	root.AddCommand(serveCommand(), configCommand(), retentionCommand(), verifyCommand(), convertCommand(), versionCommand())
 	return root
 }

@@ -98,5 +98,6 @@ func daemon(c *config.Config, log *logrus.Logger) shim.Config {
 		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, State: c.Keys.StateDir, Version: version, Log: log,
 		Mode: shim.Mode(c.Keys.Checkpoint.Mode), Criu: c.Keys.Criu, Directories: c.Keys.Checkpoint.Directories,
 		RefuseTCP: c.Keys.Checkpoint.TCP == "refuse", Archive: c.Archive, Bounds: c.Bounds,
+		Retention: shim.Retention{Directories: c.Keys.Retention.Directories, Policy: c.Retention, DryRun: c.Keys.Retention.DryRun},
 	}
 }

@@ -57,6 +57,18 @@ func OpenLocation(path string) (*Location, error) {
 	return l, nil
 }
 
+// OpenDirectory opens a directory in which archives are, by OpenLocation's rules. The caller closes it.
+func OpenDirectory(path string) (*os.File, error) {
+	if reason := malformed(path); reason != "" {
+		return nil, fmt.Errorf("%w %q: %s", ErrInvalidLocation, path, reason)
+	}
+	dir, err := openDirectory(path)
+	if err != nil {
+		return nil, invalidLocation(path, err)
+	}
+	return dir, nil
+}
+
 // Close lets go of the directory. Stagings made from l can then neither publish
 // nor remove themselves.
 func (l *Location) Close() error {

@@ -45,6 +45,9 @@ func ParseAmount(text string) (Amount, error) {
 	return Amount{number: int64(n)}, nil
 }
 
+// Parts returns the share, from 0 to 1, and the number, of which one is 0.
+func (a Amount) Parts() (share float64, number int64) { return a.share, a.number }
+
 // of returns the amount of something of which there is so much in all.
 func (a Amount) of(total int64) int64 {
 	return a.number + int64(a.share*float64(total))

@@ -36,6 +36,7 @@ type Config struct {
 	Version string // of crishim
 	State   string // directory for the records of checkpoints in flight, made if need be
 	Log     logrus.FieldLogger
+	Written func(location string) // is told of each archive that was written, and must not block; may be nil
 
 	// What Reconfigure can change.
 	Criu        string   // name of the binary, looked for in PATH, or its path
@@ -140,6 +141,9 @@ func (s *Service) CheckpointContainer(ctx context.Context, request *runtimeapi.C
 		"memory_seconds":   float64(result.GetMemoryDumpUs()) / 1e6,
 		"pages_written":    result.GetPagesWritten(),
 	}).Info("checkpoint written")
+	if written := s.config().Written; written != nil {
+		written(request.GetLocation())
+	}
 	return &runtimeapi.CheckpointContainerResponse{}, nil
 }
 

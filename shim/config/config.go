@@ -6,6 +6,8 @@ import (
 	"io"
 	"path/filepath"
 	"reflect"
+	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -13,6 +15,7 @@ import (
 
 	"crishim/shim/archive"
 	"crishim/shim/checkpoint"
+	"crishim/shim/retention"
 )
 
 // Config is a configuration that makes sense.
@@ -22,9 +25,10 @@ type Config struct {
 	Ignored []string // variables of the environment that look like keys, and are none
 
 	// What some of the keys mean.
-	Level   logrus.Level
-	Archive archive.Options
-	Bounds  checkpoint.Bounds
+	Level     logrus.Level
+	Archive   archive.Options
+	Bounds    checkpoint.Bounds
+	Retention retention.Policy
 
 	origins map[string]string // of each key: where its value comes from
 }
@@ -43,9 +47,9 @@ func (c *Config) parse() (mistakes []error) {
 		return a
 	}
 	duration := func(key, text string) time.Duration {
-		d, err := time.ParseDuration(text)
-		if err != nil || d < 0 {
-			wrong(key, "%q: it is a duration, such as 500ms or 1m30s, or 0s for no bound", text)
+		d, err := parseDuration(text)
+		if err != nil {
+			wrong(key, "%q: it is a duration, such as 500ms, 1m30s or 30d, or 0s for no bound", text)
 		}
 		return d
 	}
@@ -85,7 +89,34 @@ func (c *Config) parse() (mistakes []error) {
 	if k.Checkpoint.Parallel < 1 {
 		wrong("checkpoint.parallel", "%d: it is 1 or more", k.Checkpoint.Parallel)
 	}
+
+	absolute("retention.directories", k.Retention.Directories)
+	c.Retention = retention.Policy{PerContainer: k.Retention.MaxPerContainer, Age: duration("retention.max_age", k.Retention.MaxAge)}
+	c.Retention.Share, c.Retention.Bytes = amount("retention.max_size", k.Retention.MaxSize).Parts()
+	if k.Retention.MaxPerContainer < 0 {
+		wrong("retention.max_per_container", "%d: it is 1 or more, or 0 for no bound", k.Retention.MaxPerContainer)
+	}
+	if len(k.Retention.Directories) > 0 && c.Retention == (retention.Policy{}) {
+		wrong("retention.directories", "lists directories, and there is no bound by which to remove anything: set max_per_container, max_size or max_age")
+	}
 	return mistakes
+}
+
+// parseDuration reads a duration that is not negative, as Go writes it, or a number of days.
+func parseDuration(text string) (time.Duration, error) {
+	const most = 100 * 366 // days, more of which would overflow
+	if days, ok := strings.CutSuffix(text, "d"); ok {
+		n, err := strconv.ParseUint(days, 10, 32)
+		if err != nil || n > most {
+			return 0, errors.New("not a number of days")
+		}
+		return time.Duration(n) * 24 * time.Hour, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err == nil && d < 0 {
+		err = errors.New("negative")
+	}
+	return d, err
 }
 
 // either lists words: a, b or c.

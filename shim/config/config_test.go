@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"crishim/shim/checkpoint"
+	"crishim/shim/retention"
 	"crishim/systemd"
 )
 
@@ -90,7 +91,13 @@ reserve = "20Gi"
 reserve_inodes = "7.5%"
 max_frozen = "1m30s"
 parallel = 3
-`, nil)
+directories = ["/a", "/b"]
+[retention]
+directories = ["/a"]
+max_per_container = 3
+max_size = "10%"
+max_age = "30d"
+`, []string{"CRISHIM_CHECKPOINT_DIRECTORIES=/c:/d", "CRISHIM_RETENTION_DRY_RUN=true"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,8 +110,11 @@ parallel = 3
 	}
 	want := checkpoint.Bounds{Reserve: amount("20Gi"), ReserveInodes: amount("7.5%"), MaxFrozen: 90 * time.Second, Parallel: 3}
 	if c.Keys.Listen != "/run/a" || c.Keys.Criu != "criu" || c.Level.String() != "warning" || c.Archive.Compression != "zstd" ||
-		c.Archive.Digest != "none" || c.Bounds != want {
+		c.Archive.Digest != "none" || c.Bounds != want || !slices.Equal(c.Keys.Checkpoint.Directories, []string{"/c", "/d"}) {
 		t.Errorf("it is %+v", c)
+	}
+	if want := (retention.Policy{PerContainer: 3, Share: 0.1, Age: 30 * 24 * time.Hour}); c.Retention != want || !c.Keys.Retention.DryRun {
+		t.Errorf("of retention it is %+v, want %+v", c.Retention, want)
 	}
 }
 
@@ -190,12 +200,26 @@ func TestMistakesAreNamed(t *testing.T) {
 		{content: "log_level = \"loud\"", want: `FILE:1: log_level "loud": it is debug, info, warn or error`},
 		{content: "\nlog_format = \"xml\"", want: `FILE:2: log_format "xml": it is text or json`},
 		{content: "[checkpoint]\nreserve = \"101%\"\nmax_frozen=\"10\"", want: "FILE:2: checkpoint.reserve \"101%\": a percentage is from 0% to 100%\n" +
-			`FILE:3: checkpoint.max_frozen "10": it is a duration, such as 500ms or 1m30s, or 0s for no bound`},
+			`FILE:3: checkpoint.max_frozen "10": it is a duration, such as 500ms, 1m30s or 30d, or 0s for no bound`},
 		{content: "checkpoint = { reserve_inodes = \"some\" }", want: `FILE:1: checkpoint.reserve_inodes "some": it is a percentage, such as 15%, or a number, such as 20Gi`},
-		{content: "checkpoint.max_frozen = \"-1s\"", want: `FILE:1: checkpoint.max_frozen "-1s": it is a duration, such as 500ms or 1m30s, or 0s for no bound`},
+		{content: "checkpoint.max_frozen = \"-1s\"", want: `FILE:1: checkpoint.max_frozen "-1s": it is a duration, such as 500ms, 1m30s or 30d, or 0s for no bound`},
 		{content: "[checkpoint]\nparallel = 0", want: "FILE:2: checkpoint.parallel 0: it is 1 or more"},
 		{content: "[checkpoint]\ncompression = \"gzip\"", want: `FILE:2: checkpoint.compression "gzip": it is none or zstd`},
 		{content: "[checkpoint]\ndigest = \"md5\"", want: `FILE:2: checkpoint.digest "md5": it is sha256 or none`},
+		{content: "[checkpoint]\nmode = \"sometimes\"\ntcp = \"close\"\ndirectories = [\"/a\", \"b\", \"/c/\"]", want: `FILE:2: checkpoint.mode "sometimes": it is always, auto or never` + "\n" +
+			`FILE:4: checkpoint.directories "b": it is the absolute path of a directory, without a slash at the end` + "\n" +
+			`FILE:4: checkpoint.directories "/c/": it is the absolute path of a directory, without a slash at the end` + "\n" +
+			`FILE:3: checkpoint.tcp "close": it is established or refuse`},
+		{content: "[checkpoint]\ndirectories = \"/a\"", want: "FILE:2: checkpoint.directories: it cannot be of the type string"},
+		{content: "[retention]\nmax_age = \"-1d\"\nmax_size = \"much\"\nmax_per_container = -1", want: `FILE:2: retention.max_age "-1d": it is a duration, such as 500ms, 1m30s or 30d, or 0s for no bound` + "\n" +
+			`FILE:3: retention.max_size "much": it is a percentage, such as 15%, or a number, such as 20Gi` + "\n" +
+			`FILE:4: retention.max_per_container -1: it is 1 or more, or 0 for no bound`},
+		{content: "[retention]\ndirectories = [\"/a\"]", want: "FILE:2: retention.directories lists directories, and there is no bound by which to remove anything: " +
+			"set max_per_container, max_size or max_age"},
+		{environment: "CRISHIM_RETENTION_DRY_RUN=maybe", want: `CRISHIM_RETENTION_DRY_RUN in the environment: retention.dry_run: "maybe": it is true or false`},
+		{environment: "CRISHIM_RETENTION_DIRECTORIES=/a:b", want: `CRISHIM_RETENTION_DIRECTORIES in the environment: retention.directories "b": it is the absolute path of a directory, without a slash at the end` + "\n" +
+			`CRISHIM_RETENTION_DIRECTORIES in the environment: retention.directories lists directories, and there is no bound by which to remove anything: ` +
+			"set max_per_container, max_size or max_age"},
 		{environment: "CRISHIM_CHECKPOINT_PARALLEL=many", want: `CRISHIM_CHECKPOINT_PARALLEL in the environment: checkpoint.parallel: "many": it is a number`},
 		{environment: "CRISHIM_CHECKPOINT_PARALLEL=0", want: `CRISHIM_CHECKPOINT_PARALLEL in the environment: checkpoint.parallel 0: it is 1 or more`},
 	} {

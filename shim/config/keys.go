@@ -35,6 +35,13 @@ type Keys struct {
 		MaxFrozen     string   `toml:"max_frozen"`
 		Parallel      int      `toml:"parallel"`
 	} `toml:"checkpoint"`
+	Retention struct {
+		Directories     []string `toml:"directories"`
+		MaxPerContainer int      `toml:"max_per_container"`
+		MaxSize         string   `toml:"max_size"`
+		MaxAge          string   `toml:"max_age"`
+		DryRun          bool     `toml:"dry_run"`
+	} `toml:"retention"`
 }
 
 // defaults are what the shipped file has.
