@@ -15,7 +15,7 @@ import (
 )
 
 // listen returns the listening socket for the kubelet: the one that systemd hands over, which outlives restarts, or a new one
-// at endpoint: 0600, in a directory that is 0700 where it is made here.
+// at endpoint.
 func listen(ctx context.Context, endpoint string) (net.Listener, error) {
 	handedOver, err := activation.Listeners()
 	if err != nil {
@@ -33,6 +33,11 @@ func listen(ctx context.Context, endpoint string) (net.Listener, error) {
 	default:
 		return nil, fmt.Errorf("take over sockets from systemd: got %d, one is needed: see crishim.socket", len(handedOver))
 	}
+	return listenAt(ctx, endpoint)
+}
+
+// listenAt returns a new listening socket: 0600, in a directory that is 0700 where it is made here.
+func listenAt(ctx context.Context, endpoint string) (net.Listener, error) {
 	path, err := socketPath(endpoint)
 	if err != nil {
 		return nil, fmt.Errorf("parse listen address: %w", err)

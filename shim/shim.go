@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/admin"
 	"crishim/shim/archive"
 	"crishim/shim/checkpoint"
 	"crishim/shim/relay"
@@ -30,8 +32,9 @@ import (
 type Config struct {
 	Listen          string // endpoint for the kubelet: unix:///path or a path; not used where systemd hands a socket over
 	RuntimeEndpoint string // of the runtime, in the same form
+	Admin           string // endpoint of crishim's own API, in the same form; empty for none
 	Version         string // of crishim: archives say what has made them
-	State           string // directory for the records of checkpoints in flight; no other crishim uses it
+	State           string // directory for the records of checkpoints in flight and for their history; no other crishim uses it
 	Log             logrus.FieldLogger
 
 	// What can change while it runs.
@@ -106,7 +109,7 @@ func Run(ctx context.Context, config Config) error {
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", runtimePath)
 		},
-		Handlers: map[string]http.Handler{runtimeapi.RuntimeService_CheckpointContainer_FullMethodName: server},
+		Handlers: map[string]http.Handler{runtimeapi.RuntimeService_CheckpointContainer_FullMethodName: withCaller(server)},
 		Passes:   route.passes,
 		Endless:  []string{runtimeapi.RuntimeService_GetContainerEvents_FullMethodName},
 		Log:      config.Log,
@@ -114,6 +117,7 @@ func Run(ctx context.Context, config Config) error {
 
 	served := make(chan error, 1)
 	go func() { served <- kubelet.Serve(relay.RootOnly(listener, config.Log)) }()
+	stopAdmin := serveAdmin(ctx, config.Admin, checkpoints, config.Log)
 	prepared := make(chan struct{})
 	go func() {
 		defer close(prepared)
@@ -149,6 +153,7 @@ func Run(ctx context.Context, config Config) error {
 	drain, cancelDrain := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancelDrain()
 	checkpoints.Drain(drain)
+	stopAdmin()
 	end, cancelEnd := context.WithTimeout(context.Background(), relayTimeout)
 	defer cancelEnd()
 	if shutdownErr := kubelet.Shutdown(end); shutdownErr != nil {
@@ -202,6 +207,44 @@ func dialRuntime(path string) (*grpc.ClientConn, error) {
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: reconnect, MinConnectTimeout: 3 * time.Second}))
+}
+
+// withCaller tells the checkpoint service who is at the other end of the relay.
+func withCaller(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if peer, ok := relay.PeerFrom(r.Context()); ok {
+			caller := checkpoint.Caller(crishimv1.Interface_INTERFACE_CRI, peer.Pid, peer.Uid)
+			r = r.WithContext(checkpoint.WithCaller(r.Context(), caller))
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// serveAdmin serves crishim's own API until stop is called, which lets calls in flight end for a moment. What stands in its way is no reason to
+// leave the kubelet without a runtime.
+func serveAdmin(ctx context.Context, endpoint string, checkpoints *checkpoint.Service, log logrus.FieldLogger) (stop func()) {
+	if endpoint == "" {
+		return func() {}
+	}
+	listener, err := listenAt(ctx, endpoint)
+	if err != nil {
+		log.Warnf("no commands such as crishim list, everything else works: %v", err)
+		return func() {}
+	}
+	server := admin.New(checkpoints, log)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		if err := server.Serve(relay.RootOnly(listener, log)); err != nil {
+			log.Warnf("no more commands such as crishim list, everything else works: %v", err)
+		}
+	}()
+	return func() {
+		cut := time.AfterFunc(time.Second, server.Stop)
+		defer cut.Stop()
+		server.GracefulStop()
+		<-served
+	}
 }
 
 // prepare has put right what a crishim that died has left, and says at start what an operator would otherwise learn at the first

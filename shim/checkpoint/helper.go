@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -54,8 +55,11 @@ func HelperMain() int {
 		cancel(errStopped)
 	}()
 
+	var sending sync.Mutex
 	alone := false
 	send := func(event *crishimv1.Event) {
+		sending.Lock()
+		defer sending.Unlock()
 		// An error means that the daemon is dead; the watch hears of it too.
 		_, err := protodelim.MarshalTo(conn, event)
 		alone = alone || err != nil
@@ -82,11 +86,14 @@ func HelperMain() int {
 	return 0
 }
 
-// atMostEvery passes each change of phase on, and within a phase one event an interval.
+// atMostEvery passes each change of phase on, and within a phase one event an interval. What it returns is safe for concurrent use.
 func atMostEvery(interval time.Duration, report func(*crishimv1.Progress)) func(*crishimv1.Progress) {
+	var mu sync.Mutex
 	var last time.Time
 	var phase crishimv1.Phase
 	return func(p *crishimv1.Progress) {
+		mu.Lock()
+		defer mu.Unlock()
 		if p.GetPhase() == phase && time.Since(last) < interval {
 			return
 		}

@@ -148,7 +148,7 @@ func readRecord(path string) (*crishimv1.Record, error) {
 }
 
 // begin keeps a record of a helper that has been started, and has no job yet. When it returns, the record is durable.
-func (j *journal) begin(job *crishimv1.Job, helper int, begin time.Time) (*crishimv1.Record, error) {
+func (j *journal) begin(job *crishimv1.Job, entry *crishimv1.Checkpoint, helper int, begin time.Time) (*crishimv1.Record, error) {
 	process, err := container.FindProcess(helper)
 	if err != nil {
 		// Not %w: it is not the container that does not run.
@@ -166,6 +166,7 @@ func (j *journal) begin(job *crishimv1.Job, helper int, begin time.Time) (*crish
 		Job: &crishimv1.Job{
 			Location: job.GetLocation(), Criu: job.GetCriu(), Staging: job.GetStaging(), Container: job.GetContainer(),
 		},
+		Checkpoint: entry,
 	}
 	content, err := protojson.MarshalOptions{Multiline: true}.Marshal(record)
 	if err != nil {

@@ -53,7 +53,7 @@ func TestARecordOutlivesItsDaemon(t *testing.T) {
 		t.Fatalf("a new journal has %v, %v", records, err)
 	}
 	job, begin := someJob(), time.Unix(12, 34)
-	record, err := j.begin(job, os.Getpid(), begin)
+	record, err := j.begin(job, nil, os.Getpid(), begin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +109,7 @@ func TestWhatIsNoRecord(t *testing.T) {
 	if _, err := j.open(); err != nil {
 		t.Fatal(err)
 	}
-	record, err := j.begin(someJob(), os.Getpid(), time.Now())
+	record, err := j.begin(someJob(), nil, os.Getpid(), time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,13 +171,13 @@ func TestAJournalThatCannotBe(t *testing.T) {
 		if err := os.RemoveAll(j.dir); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := j.begin(someJob(), os.Getpid(), time.Now()); status.Code(toStatus(err)) != codes.FailedPrecondition {
+		if _, err := j.begin(someJob(), nil, os.Getpid(), time.Now()); status.Code(toStatus(err)) != codes.FailedPrecondition {
 			t.Errorf("error is %v, want FailedPrecondition", err)
 		}
 		if _, err := j.open(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := j.begin(someJob(), os.Getpid(), time.Now()); err != nil {
+		if _, err := j.begin(someJob(), nil, os.Getpid(), time.Now()); err != nil {
 			t.Errorf("once it was made again: %v", err)
 		}
 	})

@@ -24,8 +24,8 @@ const HelperCommand = "checkpoint-helper"
 
 // runHelper runs one job in a helper process and returns when that has exited. The error is a failureError where the helper
 // has answered, and wraps ctx's cause where ctx's end is what stopped it. What the helper says before its result is reported. The
-// journal has a record of it for as long as the helper runs, and longer where something could not be removed.
-func runHelper(ctx context.Context, journal *journal, job *crishimv1.Job, report func(*crishimv1.Event)) (*crishimv1.Result, error) {
+// journal has a record of it for as long as the helper runs, and longer where something could not be removed; entry is what the history has of it.
+func runHelper(ctx context.Context, journal *journal, job *crishimv1.Job, entry *crishimv1.Checkpoint, report func(*crishimv1.Event)) (*crishimv1.Result, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -51,7 +51,7 @@ func runHelper(ctx context.Context, journal *journal, job *crishimv1.Job, report
 	}
 	failpoint.Hit("helper started")
 	// While the helper starts. It has nothing to undo before it gets its job, and ends without one.
-	record, err := journal.begin(job, cmd.Process.Pid, begin)
+	record, err := journal.begin(job, entry, cmd.Process.Pid, begin)
 	if err != nil {
 		conn.Close()
 		_ = cmd.Wait()

@@ -12,6 +12,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"crishim/criu"
 	crishimv1 "crishim/proto/crishim/v1"
@@ -36,6 +38,7 @@ func (s *Service) Repair() error {
 	if err != nil {
 		return err
 	}
+	s.history.Open(s.config().State)
 	byContainer := make(map[string][]*crishimv1.Record)
 	for _, record := range records {
 		id := record.GetJob().GetContainer().GetId()
@@ -63,6 +66,7 @@ func (s *Service) repair(record *crishimv1.Record) {
 	failpoint.Hit("repair begun")
 	done, err := repair(s.closing, record, log)
 	failpoint.Hit("repair done")
+	s.remember(record, done)
 	if err != nil {
 		log.Errorf("a checkpoint was in flight when crishim died: %s; %v: %v (its record is %s; remove it where this is no longer of interest)",
 			done, errLeft, err, s.journal.path(record))
@@ -70,6 +74,20 @@ func (s *Service) repair(record *crishimv1.Record) {
 	}
 	log.Warnf("a checkpoint was in flight when crishim died: %s; nothing partial of it is left", done)
 	s.journal.end(record, false)
+}
+
+// remember puts a checkpoint into the history that was in flight when crishim died. Whether an archive at its location is its own nobody
+// knows for certain: it is not for Delete.
+func (s *Service) remember(record *crishimv1.Record, done string) {
+	c := record.GetCheckpoint()
+	if c.GetId() == "" || s.closing.Err() != nil {
+		return // of an earlier version; or the next start remembers it
+	}
+	c.Code, c.Message, c.End = int32(codes.Aborted), "crishim died over it: "+oneLine(done, maxMessage), timestamppb.Now()
+	if info, err := os.Lstat(c.GetLocation()); err == nil {
+		c.Code, c.Size = int32(codes.OK), info.Size()
+	}
+	s.history.Add(c)
 }
 
 // repair says what it has found and done, in words for people.

@@ -20,13 +20,13 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"crishim/criu"
 	crishimv1 "crishim/proto/crishim/v1"
 	"crishim/shim/archive"
 	"crishim/shim/container"
+	"crishim/shim/history"
 )
 
 // Config is what a Service needs.
@@ -34,7 +34,7 @@ type Config struct {
 	Runtime runtimeapi.RuntimeServiceClient
 	Images  runtimeapi.ImageServiceClient
 	Version string // of crishim
-	State   string // directory for the records of checkpoints in flight, made if need be
+	State   string // directory for the records of checkpoints in flight, and the history of those that have ended, made if need be
 	Log     logrus.FieldLogger
 	Written func(location string) // is told of each archive that was written, and must not block; may be nil
 
@@ -46,12 +46,13 @@ type Config struct {
 	Bounds      Bounds
 }
 
-// Service is the server of the one RPC that crishim answers itself. It is safe for concurrent use.
+// Service is the server of the one RPC of the CRI that crishim answers itself, and makes the checkpoints that are asked for otherwise. It is safe for concurrent use.
 type Service struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
 	current atomic.Pointer[Config]
 	slots   slots
 	journal *journal
+	history *history.History
 	opening sync.Mutex // held while the journal is opened and containers of its records are claimed
 
 	closing context.Context // its end rolls back what is in flight
@@ -69,6 +70,7 @@ func New(config Config) *Service {
 	closing, cancel := context.WithCancelCause(context.Background())
 	s := &Service{
 		journal:  &journal{dir: config.State, log: config.Log},
+		history:  history.New(config.Log),
 		inFlight: make(map[string]error),
 		closing:  closing, close: cancel,
 	}
@@ -87,6 +89,9 @@ func (s *Service) Reconfigure(config Config) {
 func (s *Service) config() *Config { return s.current.Load() }
 
 var errDraining = errors.New("crishim is shutting down")
+
+// History is that of this service's checkpoints.
+func (s *Service) History() *history.History { return s.history }
 
 // Drain refuses further checkpoints and waits for those in flight, and for repairs. When ctx ends first they are rolled back, and repairs
 // left to the next start; Drain returns when the last of their helpers has exited, in any case. The state directory is another's then.
@@ -125,29 +130,36 @@ func (s *Service) probe(ctx context.Context, name string) (criu.Features, error)
 // CheckpointContainer dumps a running container into an archive at the request's location. It answers when the archive is
 // durable, or when the container runs again and nothing of the attempt is left.
 func (s *Service) CheckpointContainer(ctx context.Context, request *runtimeapi.CheckpointContainerRequest) (*runtimeapi.CheckpointContainerResponse, error) {
-	start := time.Now()
-	log := s.config().Log.WithFields(logrus.Fields{"container": request.GetContainerId(), "location": request.GetLocation()})
-	result, err := s.checkpoint(ctx, request, log)
-	log = log.WithField("seconds", time.Since(start).Seconds())
-	if err != nil {
-		err = toStatus(err)
-		log.WithField("code", status.Code(err).String()).Errorf("checkpoint failed: %s", status.Convert(err).Message())
+	if _, err := s.Checkpoint(ctx, request, callerFrom(ctx), func(*crishimv1.CheckpointResponse) {}); err != nil {
 		return nil, err
-	}
-	log.WithFields(logrus.Fields{
-		"bytes":            result.GetSize(),
-		"frozen_seconds":   float64(result.GetFrozenUs()) / 1e6,
-		"freezing_seconds": float64(result.GetFreezingUs()) / 1e6,
-		"memory_seconds":   float64(result.GetMemoryDumpUs()) / 1e6,
-		"pages_written":    result.GetPagesWritten(),
-	}).Info("checkpoint written")
-	if written := s.config().Written; written != nil {
-		written(request.GetLocation())
 	}
 	return &runtimeapi.CheckpointContainerResponse{}, nil
 }
 
-func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.CheckpointContainerRequest, log logrus.FieldLogger) (*crishimv1.Result, error) {
+// Checkpoint does what CheckpointContainer does, for whoever asks, and tells of its begin and progress meanwhile. For a caller of the admin API an
+// empty location stands for one in the kubelet's directory. The history has it from here on, whatever becomes of it.
+func (s *Service) Checkpoint(ctx context.Context, request *runtimeapi.CheckpointContainerRequest, caller *crishimv1.Caller,
+	tell func(*crishimv1.CheckpointResponse)) (*crishimv1.Checkpoint, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	flight := s.history.Begin(&crishimv1.Checkpoint{
+		Caller: caller, ContainerId: bounded(request.GetContainerId()), Location: bounded(request.GetLocation()),
+	}, cancel)
+	tell(&crishimv1.CheckpointResponse{Event: &crishimv1.CheckpointResponse_Begun{Begun: flight.Checkpoint()}})
+	result, err := s.checkpoint(ctx, request, flight, tell)
+	if err != nil {
+		err = toStatus(err)
+	}
+	ended := flight.End(func(c *crishimv1.Checkpoint) { conclude(c, result, err) })
+	s.audit(ended, result)
+	if written := s.config().Written; err == nil && written != nil {
+		written(ended.GetLocation())
+	}
+	return ended, err
+}
+
+func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.CheckpointContainerRequest, flight *history.Flight,
+	tell func(*crishimv1.CheckpointResponse)) (*crishimv1.Result, error) {
 	if err := s.enter(); err != nil {
 		return nil, err
 	}
@@ -163,7 +175,11 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	}
 
 	config := s.config()
-	if err := validate(request, config.Directories); err != nil {
+	location, err := s.locate(ctx, request, flight)
+	if err != nil {
+		return nil, err
+	}
+	if err := validate(request, location, config.Directories); err != nil {
 		return nil, err
 	}
 	features, err := s.probe(ctx, config.Criu)
@@ -177,6 +193,11 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	if err != nil {
 		return nil, err
 	}
+	name := s.nameOf(ctx, c.Status.GetId(), c.Status.GetLabels(), c.Status.GetMetadata())
+	flight.Update(func(entry *crishimv1.Checkpoint) {
+		entry.ContainerId = c.Status.GetId()
+		entry.Namespace, entry.Pod, entry.Container = name.namespace, name.pod, name.container
+	})
 	leave, err := s.claim(c.Status.GetId(), errInFlight)
 	if err != nil {
 		return nil, err
@@ -190,20 +211,23 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	if err := c.VerifyRunning(); err != nil {
 		return nil, err
 	}
-	job, err := newJob(request.GetLocation(), features, c, s.imageID(ctx, c), s.origin(ctx, features, c))
+	job, err := newJob(location, features, c, s.imageID(ctx, c), s.origin(ctx, features, c))
 	if err != nil {
 		return nil, err
 	}
 	job.Compression, job.Digest = config.Archive.Compression, config.Archive.Digest
 	job.MaxFrozenUs, job.RefuseTcp = config.Bounds.MaxFrozen.Microseconds(), config.RefuseTCP
-	if job.Reserve, err = s.reserve(ctx, request.GetLocation(), config.Bounds); err != nil {
+	if job.Reserve, err = s.reserve(ctx, location, config.Bounds); err != nil {
 		return nil, err
 	}
 	if layer := job.GetContainer().GetLayer(); layer != nil {
 		layer.Size = s.layerSize(ctx, c.Status.GetId())
 	}
-	return runHelper(ctx, s.journal, job, func(e *crishimv1.Event) {
+	log := s.config().Log.WithFields(logrus.Fields{"id": flight.Checkpoint().GetId(), "container": c.Status.GetId()})
+	return runHelper(ctx, s.journal, job, flight.Checkpoint(), func(e *crishimv1.Event) {
 		if p := e.GetProgress(); p != nil {
+			flight.Progress(p)
+			tell(&crishimv1.CheckpointResponse{Event: &crishimv1.CheckpointResponse_Progress{Progress: p}})
 			log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")
 		}
 		for line := range bytes.Lines(e.GetLog().GetLines()) {
@@ -238,16 +262,16 @@ func (s *Service) claim(id string, reason error) (leave func(), err error) {
 	}, nil
 }
 
-// validate refuses what cannot succeed before anything is asked of the runtime, and a location outside of directories, if there are any. The helper
-// checks the location again.
-func validate(request *runtimeapi.CheckpointContainerRequest, directories []string) error {
+// validate refuses what cannot succeed before anything is asked of the runtime, and a path outside of directories, if there are any. The helper
+// checks the path again.
+func validate(request *runtimeapi.CheckpointContainerRequest, path string, directories []string) error {
 	if request.GetContainerId() == "" {
 		return fmt.Errorf("%w: container_id is empty", errInvalid)
 	}
 	if request.GetTimeout() < 0 {
 		return fmt.Errorf("%w: timeout is %d s; it must be 0, for none, or more", errInvalid, request.GetTimeout())
 	}
-	location, err := archive.OpenLocation(request.GetLocation())
+	location, err := archive.OpenLocation(path)
 	if err != nil {
 		return err
 	}

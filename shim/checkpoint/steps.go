@@ -82,19 +82,21 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	failpoint.Hit("staged")
 	capture := &capture{container: job.GetContainer(), process: process, staging: staging}
 	defer capture.close()
-	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_COPY})
+	frozen := frozen{max: time.Duration(job.GetMaxFrozenUs()) * time.Microsecond}
+	meter := startMeter(progress, staging, &frozen, need.bytes())
+	defer meter.stop()
 	if err := capture.begin(ctx); err != nil {
 		return nil, fmt.Errorf("capture changes of the root file system: %w", staging.Explain(err))
 	}
 
 	failpoint.Hit("copied")
-	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_DUMP})
+	meter.enter(crishimv1.Phase_PHASE_DUMP)
 	if job.GetDigest() != archive.None {
 		staging.Follow(ctx)
 	}
 	dumping, stopDump := context.WithCancelCause(ctx)
 	defer stopDump(nil)
-	frozen := frozen{max: time.Duration(job.GetMaxFrozenUs()) * time.Microsecond, stop: stopDump}
+	frozen.stop = stopDump
 	var captured []string
 	if job.GetContainer().GetShm() {
 		captured = []string{shmDir}
@@ -109,7 +111,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		Work:      staging.Dir(),
 		PreDump:   frozen.begin,
 		PostDump: func() error {
-			progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_CAPTURE})
+			meter.enter(crishimv1.Phase_PHASE_CAPTURE)
 			failpoint.Hit("memory written")
 			err := capture.run(dumping)
 			failpoint.Hit("captured")
@@ -126,20 +128,25 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	}
 
 	failpoint.Hit("dumped")
-	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_ASSEMBLE})
+	meter.stop()
+	expected := int64(0)
+	if options.Compression != archive.Zstd {
+		expected = staging.Used()
+	}
+	meter.assembling(crishimv1.Phase_PHASE_ASSEMBLE, 0, expected)
 	if err := capture.copyLog(); err != nil {
 		return nil, err
 	}
 	var size int64
 	err = staging.Assemble(ctx, options, func(bytes int64) {
 		size = bytes
-		progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_ASSEMBLE, Bytes: bytes})
+		meter.assembling(crishimv1.Phase_PHASE_ASSEMBLE, bytes, expected)
 	})
 	if err != nil {
 		return nil, err
 	}
 	failpoint.Hit("assembled")
-	progress(&crishimv1.Progress{Phase: crishimv1.Phase_PHASE_PUBLISH, Bytes: size})
+	meter.assembling(crishimv1.Phase_PHASE_PUBLISH, size, size)
 	if err := staging.Publish(ctx); err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"time"
@@ -49,26 +50,52 @@ func (l *rootOnly) Accept() (net.Conn, error) {
 }
 
 func checkRoot(conn net.Conn) error {
+	peer, err := PeerOf(conn)
+	if err != nil {
+		return fmt.Errorf("check peer: %w", err)
+	}
+	if peer.Uid != 0 {
+		return fmt.Errorf("check peer: process %d runs as uid %d", peer.Pid, peer.Uid)
+	}
+	return nil
+}
+
+// Peer is the process at the other end of a Unix socket, by the credentials
+// that it had when it connected. It may have ended since, and another may have
+// its pid.
+type Peer struct {
+	Pid int32
+	Uid uint32
+}
+
+// PeerOf returns the peer of a connection, by SO_PEERCRED.
+func PeerOf(conn net.Conn) (Peer, error) {
 	c, ok := conn.(*net.UnixConn)
 	if !ok {
-		return fmt.Errorf("check peer: %T has no credentials", conn)
+		return Peer{}, fmt.Errorf("%T has no credentials", conn)
 	}
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return fmt.Errorf("check peer: %w", err)
+		return Peer{}, err
 	}
 	var cred *unix.Ucred
 	var credErr error
 	if err = raw.Control(func(fd uintptr) {
 		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	}); err != nil {
-		return fmt.Errorf("check peer: %w", err)
+		return Peer{}, err
 	}
 	if credErr != nil {
-		return fmt.Errorf("check peer: %w", credErr)
+		return Peer{}, credErr
 	}
-	if cred.Uid != 0 {
-		return fmt.Errorf("check peer: process %d runs as uid %d", cred.Pid, cred.Uid)
-	}
-	return nil
+	return Peer{Pid: cred.Pid, Uid: cred.Uid}, nil
+}
+
+type peerKey struct{}
+
+// PeerFrom returns who has sent the request that a handler serves, by the
+// context of that. It is not known of a connection that is not a Unix socket's.
+func PeerFrom(ctx context.Context) (peer Peer, ok bool) {
+	peer, ok = ctx.Value(peerKey{}).(Peer)
+	return peer, ok
 }

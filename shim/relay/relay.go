@@ -50,6 +50,7 @@ type Config struct {
 	// (*Server).ServeHTTP is one. A handler is called once its request is
 	// there as a whole (up to 64 KiB). It must return when the context of the
 	// request ends: that is when the client resets the stream or goes away.
+	// PeerFrom tells by the same context who that is.
 	Handlers map[string]http.Handler
 
 	// Passes, if not nil, is asked for each stream that has a handler whether it is the runtime's after all. It must not block.

@@ -59,6 +59,9 @@ type exchange struct {
 // open begins to serve a stream. The caller holds l.mu.
 func (l *link) open(r *request, handler http.Handler) error {
 	ctx, cancel := context.WithCancel(context.WithValue(l.ctx, http.LocalAddrContextKey, l.client.conn.LocalAddr()))
+	if peer, err := PeerOf(l.client.conn.Conn); err == nil {
+		ctx = context.WithValue(ctx, peerKey{}, peer)
+	}
 	x := &exchange{l: l, id: r.id, handler: handler, cancel: cancel, window: l.initial, header: http.Header{}}
 	x.st = &stream{served: x, asked: r.end}
 	var err error

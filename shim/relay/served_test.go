@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"reflect"
 	"strings"
 	"sync/atomic"
@@ -58,6 +59,32 @@ func (r *testRelay) connections() map[*link]bool {
 		m[l] = true
 	}
 	return m
+}
+
+// TestHandlersKnowTheirPeer: the process that has connected, which here is this one.
+func TestHandlersKnowTheirPeer(t *testing.T) {
+	fake := newFakeRuntime(t, echo)
+	served := newServer(echo)
+	defer served.Stop()
+	peers := make(chan Peer, 1)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if peer, ok := PeerFrom(r.Context()); ok {
+			peers <- peer
+		}
+		close(peers)
+		served.ServeHTTP(w, r)
+	})
+	relay := newTestRelay(t, Config{Dial: fake.dial, Handlers: map[string]http.Handler{servedMethod: handler}})
+	if _, err := call(testContext(t), connect(t, relay.socket), servedMethod, nil); err != nil {
+		t.Fatal(err)
+	}
+	want := Peer{Pid: int32(os.Getpid()), Uid: uint32(os.Getuid())}
+	if peer := <-peers; peer != want {
+		t.Errorf("the peer is %+v, want %+v", peer, want)
+	}
+	if _, known := PeerFrom(t.Context()); known {
+		t.Error("a context without a peer has one")
+	}
 }
 
 // TestResponseWriter is what net/http promises to a handler.

@@ -1,4 +1,4 @@
-// What crishim's processes and, later, its users say to one another about a checkpoint.
+// What crishim's own processes say to one another about a checkpoint.
 //
 // Helper protocol: the daemon starts one helper process for each checkpoint and hands it one end of a stream socket. The
 // daemon sends one Job. The helper answers with any number of Progress and Log events and ends with exactly one Result. Each
@@ -784,8 +784,13 @@ func (x *Member) GetContent() []byte {
 type Progress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Phase Phase                  `protobuf:"varint,1,opt,name=phase,proto3,enum=crishim.v1.Phase" json:"phase,omitempty"`
-	// Bytes written to the archive so far.
-	Bytes         int64 `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Bytes written so far: of what is staged until the container runs again, of the archive after that.
+	Bytes int64 `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// How many there are going to be, by an estimate until the container runs again, and by what is staged after that. 0 where that is not
+	// known, as for an archive that is compressed.
+	Expected int64 `protobuf:"varint,3,opt,name=expected,proto3" json:"expected,omitempty"`
+	// How long the container stands still by now, or stood in all, in microseconds.
+	FrozenUs      int64 `protobuf:"varint,4,opt,name=frozen_us,json=frozenUs,proto3" json:"frozen_us,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -830,6 +835,20 @@ func (x *Progress) GetPhase() Phase {
 func (x *Progress) GetBytes() int64 {
 	if x != nil {
 		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Progress) GetExpected() int64 {
+	if x != nil {
+		return x.Expected
+	}
+	return 0
+}
+
+func (x *Progress) GetFrozenUs() int64 {
+	if x != nil {
+		return x.FrozenUs
 	}
 	return 0
 }
@@ -1148,7 +1167,9 @@ type Record struct {
 	// Just before the helper was started, in nanoseconds since 1970.
 	BeginNs int64 `protobuf:"varint,4,opt,name=begin_ns,json=beginNs,proto3" json:"begin_ns,omitempty"`
 	// What the helper was sent, as far as a repair needs it: location, criu, staging and container.
-	Job           *Job `protobuf:"bytes,5,opt,name=job,proto3" json:"job,omitempty"`
+	Job *Job `protobuf:"bytes,5,opt,name=job,proto3" json:"job,omitempty"`
+	// What is said of the checkpoint to those who ask for a list.
+	Checkpoint    *Checkpoint `protobuf:"bytes,6,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1218,12 +1239,19 @@ func (x *Record) GetJob() *Job {
 	return nil
 }
 
+func (x *Record) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
 var File_crishim_v1_checkpoint_proto protoreflect.FileDescriptor
 
 const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\n" +
 	"\x1bcrishim/v1/checkpoint.proto\x12\n" +
-	"crishim.v1\"\x81\x03\n" +
+	"crishim.v1\x1a\x18crishim/v1/history.proto\"\x81\x03\n" +
 	"\x03Job\x12\x1a\n" +
 	"\blocation\x18\x01 \x01(\tR\blocation\x12\x12\n" +
 	"\x04criu\x18\x02 \x01(\tR\x04criu\x12!\n" +
@@ -1277,10 +1305,12 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\x05inode\x18\x02 \x01(\x04R\x05inode\"6\n" +
 	"\x06Member\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\acontent\x18\x02 \x01(\fR\acontent\"I\n" +
+	"\acontent\x18\x02 \x01(\fR\acontent\"\x82\x01\n" +
 	"\bProgress\x12'\n" +
 	"\x05phase\x18\x01 \x01(\x0e2\x11.crishim.v1.PhaseR\x05phase\x12\x14\n" +
-	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\"a\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\x12\x1a\n" +
+	"\bexpected\x18\x03 \x01(\x03R\bexpected\x12\x1b\n" +
+	"\tfrozen_us\x18\x04 \x01(\x03R\bfrozenUs\"a\n" +
 	"\aFailure\x12*\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x12.crishim.v1.ReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x10\n" +
@@ -1300,14 +1330,17 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\bprogress\x18\x01 \x01(\v2\x14.crishim.v1.ProgressH\x00R\bprogress\x12,\n" +
 	"\x06result\x18\x02 \x01(\v2\x12.crishim.v1.ResultH\x00R\x06result\x12#\n" +
 	"\x03log\x18\x03 \x01(\v2\x0f.crishim.v1.LogH\x00R\x03logB\a\n" +
-	"\x05event\"\xaa\x01\n" +
+	"\x05event\"\xe2\x01\n" +
 	"\x06Record\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12\x1d\n" +
 	"\n" +
 	"helper_pid\x18\x02 \x01(\x05R\thelperPid\x12*\n" +
 	"\x11helper_start_time\x18\x03 \x01(\x04R\x0fhelperStartTime\x12\x19\n" +
 	"\bbegin_ns\x18\x04 \x01(\x03R\abeginNs\x12!\n" +
-	"\x03job\x18\x05 \x01(\v2\x0f.crishim.v1.JobR\x03job*x\n" +
+	"\x03job\x18\x05 \x01(\v2\x0f.crishim.v1.JobR\x03job\x126\n" +
+	"\n" +
+	"checkpoint\x18\x06 \x01(\v2\x16.crishim.v1.CheckpointR\n" +
+	"checkpoint*x\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -1343,21 +1376,22 @@ func file_crishim_v1_checkpoint_proto_rawDescGZIP() []byte {
 var file_crishim_v1_checkpoint_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
 var file_crishim_v1_checkpoint_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_crishim_v1_checkpoint_proto_goTypes = []any{
-	(Phase)(0),        // 0: crishim.v1.Phase
-	(Reason)(0),       // 1: crishim.v1.Reason
-	(*Job)(nil),       // 2: crishim.v1.Job
-	(*Reserve)(nil),   // 3: crishim.v1.Reserve
-	(*Container)(nil), // 4: crishim.v1.Container
-	(*BindMount)(nil), // 5: crishim.v1.BindMount
-	(*Layer)(nil),     // 6: crishim.v1.Layer
-	(*Namespace)(nil), // 7: crishim.v1.Namespace
-	(*Member)(nil),    // 8: crishim.v1.Member
-	(*Progress)(nil),  // 9: crishim.v1.Progress
-	(*Failure)(nil),   // 10: crishim.v1.Failure
-	(*Result)(nil),    // 11: crishim.v1.Result
-	(*Log)(nil),       // 12: crishim.v1.Log
-	(*Event)(nil),     // 13: crishim.v1.Event
-	(*Record)(nil),    // 14: crishim.v1.Record
+	(Phase)(0),         // 0: crishim.v1.Phase
+	(Reason)(0),        // 1: crishim.v1.Reason
+	(*Job)(nil),        // 2: crishim.v1.Job
+	(*Reserve)(nil),    // 3: crishim.v1.Reserve
+	(*Container)(nil),  // 4: crishim.v1.Container
+	(*BindMount)(nil),  // 5: crishim.v1.BindMount
+	(*Layer)(nil),      // 6: crishim.v1.Layer
+	(*Namespace)(nil),  // 7: crishim.v1.Namespace
+	(*Member)(nil),     // 8: crishim.v1.Member
+	(*Progress)(nil),   // 9: crishim.v1.Progress
+	(*Failure)(nil),    // 10: crishim.v1.Failure
+	(*Result)(nil),     // 11: crishim.v1.Result
+	(*Log)(nil),        // 12: crishim.v1.Log
+	(*Event)(nil),      // 13: crishim.v1.Event
+	(*Record)(nil),     // 14: crishim.v1.Record
+	(*Checkpoint)(nil), // 15: crishim.v1.Checkpoint
 }
 var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
 	4,  // 0: crishim.v1.Job.container:type_name -> crishim.v1.Container
@@ -1373,11 +1407,12 @@ var file_crishim_v1_checkpoint_proto_depIdxs = []int32{
 	11, // 10: crishim.v1.Event.result:type_name -> crishim.v1.Result
 	12, // 11: crishim.v1.Event.log:type_name -> crishim.v1.Log
 	2,  // 12: crishim.v1.Record.job:type_name -> crishim.v1.Job
-	13, // [13:13] is the sub-list for method output_type
-	13, // [13:13] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	15, // 13: crishim.v1.Record.checkpoint:type_name -> crishim.v1.Checkpoint
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_crishim_v1_checkpoint_proto_init() }
@@ -1385,6 +1420,7 @@ func file_crishim_v1_checkpoint_proto_init() {
 	if File_crishim_v1_checkpoint_proto != nil {
 		return
 	}
+	file_crishim_v1_history_proto_init()
 	file_crishim_v1_checkpoint_proto_msgTypes[11].OneofWrappers = []any{
 		(*Event_Progress)(nil),
 		(*Event_Result)(nil),
