@@ -2,7 +2,6 @@ package checkpoint_test
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io/fs"
 	"net"
@@ -315,8 +314,7 @@ func TestSecretsStayOutOfTheLog(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(&output)
 	log.SetLevel(logrus.TraceLevel)
-	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", Log: log})
-	defer service.Drain(context.Background())
+	service := serviceWith(t, containerd, "criu", func(c *checkpoint.Config) { c.Log = log })
 	// What it keeps in memory nobody else knows; it tells it to its own log.
 	const script = `read -r id </proc/sys/kernel/random/uuid; echo keeps memory-$id; n=0; while true; do n=$((n+1)); echo count $n; sleep 1; done`
 	for _, test := range []struct {
