@@ -163,21 +163,32 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 		err = cleanupErr
 	}
 	killed := killedBy(cleanupErr)
-	if killed != 0 {
+	var left error
+	switch {
+	case killed != 0:
 		err = d.repair(ctx, killed, begin)
+	case network != skipNetworkLock && (err != nil || d.Container.ended()):
+		// criu goes into the network by way of init, and cannot unlock it for the rest of the pod once that has ended. It does not say so.
+		_, left = d.leftovers(begin).unlock(context.WithoutCancel(ctx))
 	}
 	hook.running.Wait()
 	switch {
-	case killed != 0:
-		return err
-	case err == nil:
-		return nil
+	case err == nil, killed != 0:
 	case hook.err != nil:
-		return hook.err
+		err = hook.err
 	case ctx.Err() != nil:
-		return context.Cause(ctx)
+		err = context.Cause(ctx)
+	default:
+		err = d.diagnose(err)
 	}
-	return d.diagnose(err)
+	if left != nil {
+		return fmt.Errorf("%w; %w: %w", err, ErrLeft, left)
+	}
+	return err
+}
+
+func (d Dump) leftovers(begin time.Time) Leftovers {
+	return d.Container.Leftovers(begin, filepath.Join(d.Work.Name(), LogFile))
 }
 
 // killedBy returns the signal that has ended criu, 0 if it has ended by itself; err is go-criu's.
@@ -195,7 +206,7 @@ func killedBy(err error) syscall.Signal {
 // repair does what a criu that was killed can do no more, at once and whatever ctx says: the container stands still. It returns the
 // error of the dump.
 func (d Dump) repair(ctx context.Context, killed syscall.Signal, begin time.Time) error {
-	done, err := d.Container.Leftovers(begin, filepath.Join(d.Work.Name(), LogFile)).Remove(context.WithoutCancel(ctx))
+	done, err := d.leftovers(begin).Remove(context.WithoutCancel(ctx))
 	repaired := ""
 	if done != "" {
 		repaired = "crishim " + done + "; "

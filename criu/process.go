@@ -31,6 +31,12 @@ func (c Container) Processes() ([]int, error) {
 	return pids, nil
 }
 
+// ended says whether init has ended, or is about to and has let go of its namespaces.
+func (c Container) ended() bool {
+	_, err := os.Stat(fmt.Sprintf("/proc/%d/ns/net", c.Pid))
+	return err != nil
+}
+
 // processesOf are those in the cgroup and in the cgroups below it.
 func processesOf(cgroup string) ([]int, error) {
 	var pids []int
