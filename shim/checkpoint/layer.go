@@ -18,7 +18,7 @@ import (
 
 // layer is the container's writable layer while it is captured. It is nil where there is none.
 type layer struct {
-	dirs    rootfs.Layer
+	dirs    rootfs.Layer // open until all is taken of it, and no longer: a runtime cannot unmount what somebody has open
 	scratch []*os.File
 	copy    *rootfs.Copy
 }
@@ -72,6 +72,7 @@ func (c *capture) rootfs(ctx context.Context) error {
 			if err := c.staging.Compose(archive.RootfsDiff, segments); err != nil {
 				return err
 			}
+			closeLayer(c.layer.dirs)
 		}
 		return deleted.end()
 	})
@@ -98,7 +99,7 @@ func openLayer(l *crishimv1.Layer, merged string) (layer rootfs.Layer, err error
 
 func closeLayer(l rootfs.Layer) {
 	for _, f := range append(l.Lower, l.Upper, l.Merged) {
-		f.Close() // which is nothing for one that was not opened
+		f.Close() // which is nothing for one that was not opened, or is closed
 	}
 }
 
