@@ -70,6 +70,9 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	}
 	ctx, stop := room.watch(ctx)
 	defer stop()
+	// For what is taken from a living container. Who has stopped it waits until it is let go.
+	alive, stopWatching := process.Alive(ctx)
+	defer stopWatching()
 	for _, member := range job.GetMembers() {
 		if err := staging.WriteFile(member.GetName(), member.GetContent()); err != nil {
 			return nil, err
@@ -85,8 +88,8 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	frozen := frozen{max: time.Duration(job.GetMaxFrozenUs()) * time.Microsecond}
 	meter := startMeter(progress, staging, &frozen, need.bytes())
 	defer meter.stop()
-	if err := capture.begin(ctx); err != nil {
-		return nil, fmt.Errorf("capture changes of the root file system: %w", staging.Explain(err))
+	if err := capture.begin(alive); err != nil {
+		return nil, capture.explain(fmt.Errorf("capture changes of the root file system: %w", staging.Explain(err)))
 	}
 
 	failpoint.Hit("copied")
@@ -94,7 +97,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	if job.GetDigest() != archive.None {
 		staging.Follow(ctx)
 	}
-	dumping, stopDump := context.WithCancelCause(ctx)
+	dumping, stopDump := context.WithCancelCause(alive)
 	defer stopDump(nil)
 	frozen.stop = stopDump
 	var captured []string
@@ -124,7 +127,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		if logErr := copyLines(filepath.Join(staging.Dir().Name(), criu.LogFile), log); logErr != nil {
 			err = errors.Join(err, fmt.Errorf("read criu's log: %w", logErr))
 		}
-		return nil, err
+		return nil, capture.explain(err)
 	}
 
 	failpoint.Hit("dumped")
@@ -316,6 +319,15 @@ func (c *capture) copyLog() error {
 		return fmt.Errorf("copy log: %w", err)
 	}
 	return nil
+}
+
+// explain says that the container has ended, where that is why something of it could not be taken.
+func (c *capture) explain(err error) error {
+	gone := c.process.Verify()
+	if !errors.Is(gone, container.ErrNotRunning) || errors.Is(err, container.ErrNotRunning) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", gone, err)
 }
 
 func (c *capture) close() {

@@ -16,24 +16,28 @@ import (
 
 func TestParseStat(t *testing.T) {
 	tests := []struct {
-		name, stat, state string
-		start             uint64
-		fails             bool
+		name, stat string
+		ended      bool
+		start      uint64
+		fails      bool
 	}{
-		{"plain", "7 (sh) S 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 424242 9 9", "S", 424242, false},
-		{"a name that tries to pass for fields", "7 (a) Z 1 2 3 (b) R 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 31 9", "R", 31, false},
-		{"cut off", "7 (sh) S 1 7", "", 0, true},
-		{"no name", "7", "", 0, true},
-		{"empty", "", "", 0, true},
+		{"plain", "7 (sh) S 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 424242 9 9", false, 424242, false},
+		{"a name that tries to pass for fields", "7 (a) Z 1 2 3 (b) R 1 7 7 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 31 9", false, 31, false},
+		{"a zombie", "7 (sh) Z 1 7 7 0 -1 4227084 1 2 3 4 5 6 7 8 20 0 1 0 31 9", true, 31, false},
+		{"an init at its end that waits for others", "7 (sh) S 1 7 7 0 -1 4195596 1 2 3 4 5 6 7 8 20 0 1 0 31 9", true, 31, false},
+		{"no flags", "7 (sh) S 1 7 7 0 -1 x 1 2 3 4 5 6 7 8 20 0 1 0 31 9", false, 0, true},
+		{"cut off", "7 (sh) S 1 7", false, 0, true},
+		{"no name", "7", false, 0, true},
+		{"empty", "", false, 0, true},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			state, start, err := parseStat([]byte(test.stat))
+			ended, start, err := parseStat([]byte(test.stat))
 			if (err != nil) != test.fails {
 				t.Fatalf("error is %v", err)
 			}
-			if err == nil && (state != test.state || start != test.start) {
-				t.Errorf("got %s %d, want %s %d", state, start, test.state, test.start)
+			if err == nil && (ended != test.ended || start != test.start) {
+				t.Errorf("got %t %d, want %t %d", ended, start, test.ended, test.start)
 			}
 		})
 	}

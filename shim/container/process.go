@@ -2,6 +2,7 @@ package container
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -86,6 +88,33 @@ func (p *Pinned) Verify() error {
 	return p.process.Verify()
 }
 
+// Alive returns a context that ends with the process, some 100 ms later, and then has Verify's error as its cause. The caller calls stop,
+// before Close, which ends the watching.
+func (p *Pinned) Alive(ctx context.Context) (alive context.Context, stop func()) {
+	alive, cancel := context.WithCancelCause(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		// Not by waiting for the pidfd: of a process of several threads it tells the end only when a tracer has waited for each.
+		ticks := time.NewTicker(100 * time.Millisecond)
+		defer ticks.Stop()
+		for {
+			select {
+			case <-alive.Done():
+				return
+			case <-ticks.C:
+				if err := p.Verify(); errors.Is(err, ErrNotRunning) {
+					cancel(err)
+				}
+			}
+		}
+	}()
+	return alive, func() {
+		cancel(nil)
+		<-done
+	}
+}
+
 // Close lets go of the process.
 func (p *Pinned) Close() { unix.Close(p.pidfd) }
 
@@ -138,26 +167,34 @@ func startTime(pid int) (uint64, error) {
 	if err != nil {
 		return 0, gone(pid, err)
 	}
-	state, start, err := parseStat(stat)
+	ended, start, err := parseStat(stat)
 	if err != nil {
 		return 0, fmt.Errorf("parse /proc/%d/stat: %w", pid, err)
 	}
-	if state == "Z" || state == "X" {
+	if ended {
 		return 0, fmt.Errorf("%w: process %d has ended", ErrNotRunning, pid)
 	}
 	return start, nil
 }
 
-// parseStat reads fields 3 and 22 of /proc/PID/stat. Field 2 is the name in parentheses, which may itself hold spaces and
-// parentheses: the process chooses it.
-func parseStat(stat []byte) (state string, start uint64, err error) {
+// parseStat reads fields 3, 9 and 22 of /proc/PID/stat: whether the process has ended, or is past all but its end, and when it started.
+// Field 2 is the name in parentheses, which may itself hold spaces and parentheses: the process chooses it.
+func parseStat(stat []byte) (ended bool, start uint64, err error) {
+	// PF_EXITING of the kernel's include/linux/sched.h. An init sleeps in its end until all others in its process namespace have been
+	// waited for, by criu those that it traces.
+	const exiting = 0x4
 	end := bytes.LastIndexByte(stat, ')')
 	fields := bytes.Fields(stat[end+1:])
 	if end < 0 || len(fields) < 20 {
-		return "", 0, errors.New("too few fields")
+		return false, 0, errors.New("too few fields")
+	}
+	state := string(fields[0])
+	flags, err := strconv.ParseUint(string(fields[6]), 10, 64)
+	if err != nil {
+		return false, 0, err
 	}
 	start, err = strconv.ParseUint(string(fields[19]), 10, 64)
-	return string(fields[0]), start, err
+	return state == "Z" || state == "X" || flags&exiting != 0, start, err
 }
 
 func gone(pid int, err error) error {
