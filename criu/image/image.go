@@ -7,9 +7,9 @@ package image
 import (
 	"bufio"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/checkpoint-restore/go-criu/v7/magic"
 	"google.golang.org/protobuf/proto"
@@ -29,8 +29,9 @@ type Entry[T any] interface {
 
 // class is the first magic number of an image, and kind the second, by CRIU's name for it, such as "FILES".
 func class(kind string) string {
-	if kind == "IRMAP_CACHE" {
-		return "IMG_SERVICE" // it is in CRIU's working directory, beside the images
+	switch kind {
+	case "IRMAP_CACHE", "STATS":
+		return "IMG_SERVICE" // they are in CRIU's working directory, beside the images
 	}
 	return "IMG_COMMON"
 }
@@ -38,41 +39,85 @@ func class(kind string) string {
 // Read calls use for each entry of an image of size bytes. kind is what CRIU calls its magic number, such as "FILES". In the file, two
 // magic numbers are followed by the entries, each with its size in front, all in little endian.
 func Read[T any, E Entry[T]](r io.Reader, size int64, kind string, use func(E)) error {
+	return ReadRaw(r, size, kind, func(data []byte) error {
+		entry := E(new(T))
+		if err := Decode(data, entry); err != nil {
+			return fmt.Errorf("read image: %w", err)
+		}
+		use(entry)
+		return nil
+	})
+}
+
+// ReadRaw is Read for who decodes the entries, whose bytes are good until use returns. An error of use ends it, and is returned as it is.
+func ReadRaw(r io.Reader, size int64, kind string, use func(data []byte) error) error {
+	entries, err := open(r, size, kind)
+	if err != nil {
+		return err
+	}
+	for {
+		data, err := entries.next()
+		if err == io.EOF {
+			return nil
+		}
+		if err == nil {
+			err = use(data)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// Decode reads one entry. Which fields an entry must have is for CRIU to say.
+func Decode(data []byte, entry proto.Message) error {
+	return proto.UnmarshalOptions{AllowPartial: true}.Unmarshal(data, entry)
+}
+
+// entries are those of an image, one after the other.
+type entries struct {
+	input  *bufio.Reader
+	buffer []byte
+}
+
+func open(r io.Reader, size int64, kind string) (*entries, error) {
 	if size > maxImage {
-		return fmt.Errorf("it has %d bytes: %d are the most that make sense", size, maxImage)
+		return nil, fmt.Errorf("it has %d bytes: %d are the most that make sense", size, maxImage)
 	}
 	numbers := magic.LoadMagic().ByName
 	input := bufio.NewReader(r)
 	var head [2]uint32
 	if err := binary.Read(input, binary.LittleEndian, &head); err != nil {
-		return fmt.Errorf("this is no image of CRIU's: %w", err)
+		return nil, fmt.Errorf("this is no image of CRIU's: %w", err)
 	}
 	if uint64(head[0]) != numbers[class(kind)] || uint64(head[1]) != numbers[kind] {
-		return fmt.Errorf("this is no image of CRIU's for %s", kind)
+		return nil, fmt.Errorf("this is no image of CRIU's for %s", kind)
 	}
-	for {
-		var size uint32
-		err := binary.Read(input, binary.LittleEndian, &size)
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err == nil && size > maxEntry {
-			err = fmt.Errorf("an entry of %d bytes", size)
-		}
-		if err != nil {
-			return fmt.Errorf("read image: %w", err)
-		}
-		data := make([]byte, size)
-		if _, err := io.ReadFull(input, data); err != nil {
-			return fmt.Errorf("read image: %w", err)
-		}
-		entry := E(new(T))
-		// Which fields an entry must have is for CRIU to say.
-		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data, entry); err != nil {
-			return fmt.Errorf("read image: %w", err)
-		}
-		use(entry)
+	return &entries{input: input}, nil
+}
+
+// next returns the bytes of the next entry, which are good until it is called again, or io.EOF.
+func (e *entries) next() ([]byte, error) {
+	var head [4]byte
+	_, err := io.ReadFull(e.input, head[:])
+	if err == io.EOF {
+		return nil, err
 	}
+	size := int(binary.LittleEndian.Uint32(head[:]))
+	if err == nil && size > maxEntry {
+		err = fmt.Errorf("an entry of %d bytes", size)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read image: %w", err)
+	}
+	e.buffer = slices.Grow(e.buffer[:0], size)[:size]
+	if _, err := io.ReadFull(e.input, e.buffer); err != nil {
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, fmt.Errorf("read image: %w", err)
+	}
+	return e.buffer, nil
 }
 
 // Write returns an image of these entries. What Read did not know of them, because CRIU is newer, is kept.

@@ -15,7 +15,6 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	filelock "github.com/checkpoint-restore/go-criu/v7/crit/images/file-lock"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/pstree"
-	skinet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -25,8 +24,8 @@ import (
 
 // Need is one thing that a restore asks of a machine.
 type Need struct {
-	Item string // such as "runtime" or "mount"
-	Text string // a line for people
+	Item string `json:"item"` // such as "runtime" or "mount"
+	Text string `json:"text"` // a line for people
 }
 
 // Images gathers what CRIU's images say. The zero value is ready; Look is for archive.Verify.
@@ -47,9 +46,9 @@ func (i *Images) Look(name string, size int64, content io.Reader) error {
 	case "dump.log":
 		return i.log(content)
 	case archive.ImagesDir + "/files.img":
-		return image.Read(content, size, "FILES", i.file)
+		return image.Read(content, size, "FILES", i.File)
 	case archive.ImagesDir + "/pstree.img":
-		return image.Read(content, size, "PSTREE", func(p *pstree.PstreeEntry) { i.pids = append(i.pids, p.GetPid()) })
+		return image.Read(content, size, "PSTREE", i.Process)
 	case archive.ImagesDir + "/filelocks.img":
 		return image.Read(content, size, "FILE_LOCKS", func(*filelock.FileLockEntry) { i.locks++ })
 	}
@@ -76,8 +75,11 @@ func (i *Images) log(content io.Reader) error {
 	return nil
 }
 
-// file counts the TCP connections: sockets that are neither closed nor listening, in the states of the kernel's tcp_states.h.
-func (i *Images) file(f *fdinfo.FileEntry) {
+// Process is shown an entry of pstree.img by who reads that for more, and does not pass it to Look.
+func (i *Images) Process(p *pstree.PstreeEntry) { i.pids = append(i.pids, p.GetPid()) }
+
+// File is the same for files.img. It counts the TCP connections: sockets that are neither closed nor listening, in the states of the kernel's tcp_states.h.
+func (i *Images) File(f *fdinfo.FileEntry) {
 	const tcpClose, tcpListen = 7, 10
 	socket := f.GetIsk()
 	if f.GetType() != fdinfo.FdTypes_INETSK || socket.GetProto() != unix.IPPROTO_TCP ||
@@ -85,22 +87,9 @@ func (i *Images) file(f *fdinfo.FileEntry) {
 		return
 	}
 	i.connections++
-	if address := source(socket); address.IsValid() && !address.IsLoopback() && !slices.Contains(i.addresses, address) {
+	if address := image.Address(socket.GetFamily(), socket.GetSrcAddr()); address.IsValid() && !address.IsLoopback() && !slices.Contains(i.addresses, address) {
 		i.addresses = append(i.addresses, address)
 	}
-}
-
-// source is the address of a socket's own end. CRIU writes it as words whose bytes are in the network's order.
-func source(s *skinet.InetSkEntry) netip.Addr {
-	var bytes []byte
-	for _, word := range s.GetSrcAddr() {
-		bytes = append(bytes, byte(word), byte(word>>8), byte(word>>16), byte(word>>24))
-	}
-	if s.GetFamily() == unix.AF_INET {
-		bytes = bytes[:min(len(bytes), 4)]
-	}
-	address, _ := netip.AddrFromSlice(bytes) // otherwise the zero one
-	return address.Unmap()
 }
 
 // List returns what the archive needs, once Verify has found nothing wrong.
