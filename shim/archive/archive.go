@@ -8,7 +8,7 @@
 // deletes without a trace.
 //
 // The other way, Verify reads an archive, whoever has written it, and tells whether
-// it is sound.
+// it is sound, and Open lets its members be read.
 //
 // It never follows a symbolic link that anyone but root could have made, never
 // writes by path (what was checked is held by its descriptor), and knows nothing
@@ -45,6 +45,11 @@ type Config struct {
 	CheckpointedTime time.Time `json:"checkpointedTime"`
 	RestoredTime     time.Time `json:"restoredTime"`
 	Restored         bool      `json:"restored"`
+}
+
+// Status is of status.dump what is of interest here.
+type Status struct {
+	Labels map[string]string `json:"labels"` // those of a kubelet name container, pod and namespace
 }
 
 // BindMount is an element of bind.mounts: a mount point that a restorer must
