@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -21,7 +22,9 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	if err := rootCommand().ExecuteContext(ctx); err != nil {
-		fmt.Fprintf(os.Stderr, "crishim: %v\n", err)
+		if !errors.Is(err, errDifferent) { // which needs no words
+			fmt.Fprintf(os.Stderr, "crishim: %v\n", err)
+		}
 		os.Exit(exitCode(err))
 	}
 }
@@ -38,6 +41,9 @@ CRIU and writes an archive where the kubelet asked for it.`,
 		SilenceErrors: true,
 		Version:       version,
 	}
-	root.AddCommand(serveCommand(), configCommand(), retentionCommand(), verifyCommand(), convertCommand(), versionCommand())
+	root.AddCommand(
+		serveCommand(), configCommand(), retentionCommand(),
+		verifyCommand(), inspectCommand(), diffCommand(), convertCommand(), versionCommand(),
+	)
 	return root
 }
