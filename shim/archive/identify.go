@@ -126,9 +126,7 @@ func identityAtStart(r io.Reader) (Identity, error) {
 	}
 	defer plain.Close()
 	var config Config
-	var status struct {
-		Labels map[string]string `json:"labels"`
-	}
+	var status Status
 	entries := tar.NewReader(plain)
 	for _, member := range []struct {
 		name  string
