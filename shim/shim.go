@@ -130,6 +130,7 @@ func Run(ctx context.Context, config Config) error {
 	}()
 	config.Log.WithFields(logrus.Fields{"listen": listener.Addr().String(), "runtime": runtimePath}).Info("serving")
 	notifySystemd(config.Log, daemon.SdNotifyReady)
+	stopWatchdog := startWatchdog(listener.Addr().String(), runtimePath, config.Log)
 
 	broken := false
 	for serving := true; serving; {
@@ -148,6 +149,8 @@ func Run(ctx context.Context, config Config) error {
 			notifySystemd(config.Log, daemon.SdNotifyReady)
 		}
 	}
+	// systemd's own ends when it hears of the stopping, and would begin again were it fed later. From then on TimeoutStopSec= is the bound.
+	stopWatchdog()
 	notifySystemd(config.Log, daemon.SdNotifyStopping)
 	config.Log.Info("shutting down: finishing checkpoints in flight, relaying goes on")
 	drain, cancelDrain := context.WithTimeout(context.Background(), drainTimeout)

@@ -90,15 +90,21 @@ func TestListen(t *testing.T) {
 // version asks for the version at a socket.
 func version(t *testing.T, path string) error {
 	t.Helper()
+	conn := dial(t, path)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	_, err := runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{})
+	return err
+}
+
+func dial(t *testing.T, path string) *grpc.ClientConn {
+	t.Helper()
 	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	_, err = runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{})
-	return err
+	return conn
 }
 
 func TestRunWithoutRuntimeAndCRIU(t *testing.T) {
