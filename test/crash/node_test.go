@@ -19,7 +19,6 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"crishim/shim/archive"
-	"crishim/shim/checkpoint"
 	"crishim/test/node"
 )
 
@@ -130,48 +129,10 @@ func (b *bed) checkpoint(c subject) (ended <-chan error) {
 	return result
 }
 
-// processes are the node's helpers, and those criu that dump, by their pids on the host.
-func (b *bed) processes() (helpers, criu []int) {
-	b.t.Helper()
-	namespace, err := os.Stat(fmt.Sprintf("/proc/%d/ns/pid", b.Pid()))
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	dirs, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	for _, dir := range dirs {
-		content, _ := os.ReadFile(dir + "/cmdline") // empty for one that has ended, as is the name
-		arguments := strings.Split(string(content), "\x00")
-		helper := len(arguments) > 1 && arguments[1] == checkpoint.HelperCommand
-		// One that dumps writes over its command line. Others answer a question, with their arguments.
-		name, _ := os.ReadFile(dir + "/comm")
-		dumps := string(name) == "criu\n" && (len(arguments) < 2 || arguments[1] == "swrk" || strings.Contains(string(content), "dump"))
-		if !helper && !dumps {
-			continue
-		}
-		// Others run nodes on this machine, too.
-		if own, err := os.Stat(dir + "/ns/pid"); err != nil || !os.SameFile(own, namespace) {
-			continue
-		}
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		switch {
-		case err != nil:
-			b.t.Fatal(err)
-		case helper:
-			helpers = append(helpers, pid)
-		default:
-			criu = append(criu, pid)
-		}
-	}
-	return helpers, criu
-}
-
 // kill kills those victims that live, and says which these are.
 func (b *bed) kill(v victims) (killed victims) {
 	b.t.Helper()
-	helpers, criu := b.processes()
+	helpers, criu := b.CheckpointProcesses(b.t)
 	var pids []int
 	// criu first: the daemon has an orphan roll back, and believes that it did so when it ends, however it ends.
 	if v.criu {
@@ -209,16 +170,6 @@ func parentOf(pid int) int {
 		return 0
 	}
 	return parent
-}
-
-// state is the letter by which /proc/PID/stat tells how a process is, empty if it has ended.
-func state(pid int) string {
-	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return ""
-	}
-	_, after, _ := strings.Cut(string(content), ") ")
-	return after[:1]
 }
 
 // settled waits until nothing is left of a checkpoint of a container but an archive, for as long as that may take, and fails the test

@@ -16,60 +16,19 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	crishimv1 "crishim/proto/crishim/v1"
-	"crishim/shim/failpoint"
 	"crishim/test/node"
 )
-
-// What is at the location after a kill at some step.
-type outcome int
-
-const (
-	nothing outcome = iota
-	whole
-	either // it depends on who is faster
-)
-
-// step is a point at which everything is held, and then killed.
-type step struct {
-	name string
-	// daemon says that the daemon is held, not the helper; criu that criu lives.
-	daemon, criu bool
-	after        outcome
-}
-
-// midDump is the step at which criu itself is held, while it writes memory.
-const midDump = "memory is written"
-
-var steps = []step{
-	{name: "helper started", daemon: true, after: nothing},
-	{name: "recorded", daemon: true, after: nothing},
-	{name: "job sent", daemon: true, after: either},
-	{name: "job received", after: nothing},
-	{name: "staged", after: nothing},
-	{name: "copied", after: nothing},
-	{name: midDump, criu: true, after: nothing},
-	{name: "memory written", criu: true, after: nothing},
-	{name: "captured", criu: true, after: nothing},
-	{name: "dumped", after: either},
-	{name: "assembled", after: either},
-	{name: "archive synced", after: either},
-	{name: "renamed", after: whole},
-	{name: "published", after: whole},
-	{name: "answered", daemon: true, after: whole},
-	{name: "helper ended", daemon: true, after: whole},
-	{name: "record removed", daemon: true, after: whole},
-}
 
 // Each step of a checkpoint is killed at: the daemon, the helper and criu, one by one and together.
 func TestKillsAtEachStep(t *testing.T) {
 	b := newBed(t, "failpoint")
 	c := b.run(64)
-	for _, step := range steps {
+	for _, step := range node.Steps() {
 		for _, v := range anyOf {
-			if v.criu && !step.criu {
+			if v.criu && !step.Criu {
 				continue
 			}
-			if !b.part(t, step.name+": "+v.String(), func() { b.killAt(c, step, v) }) {
+			if !b.part(t, step.Name+": "+v.String(), func() { b.killAt(c, step, v) }) {
 				return
 			}
 		}
@@ -86,28 +45,20 @@ func (b *bed) part(t *testing.T, name string, test func()) bool {
 }
 
 // hold makes a checkpoint and holds it at a step, until letGo is called.
-func (b *bed) hold(c subject, step step) (ended <-chan error, letGo func()) {
+func (b *bed) hold(c subject, step node.Step) (ended <-chan error, letGo func()) {
 	b.t.Helper()
-	if step.name == midDump {
+	if step.Name == node.MidDump {
 		held, ended := node.HoldCheckpoint(b.t, b.Path(checkpoints), b.Path(location), func() error { return <-b.checkpoint(c) })
 		return ended, held.Release
 	}
-	b.failpoint(step.name)
+	b.Failpoint(b.t, step.Name)
 	ended = b.checkpoint(c)
-	pids := b.stopped(step.daemon)
-	b.failpoint("")
+	pids := b.stopped(step.Daemon)
+	b.Failpoint(b.t, "")
 	return ended, func() {
 		for _, pid := range pids {
 			_ = unix.Kill(pid, unix.SIGCONT) // it may be dead
 		}
-	}
-}
-
-// failpoint names the point at which the next process is to stop, none if empty.
-func (b *bed) failpoint(name string) {
-	b.t.Helper()
-	if err := os.WriteFile(b.Path(failpoint.File), []byte(name), 0o600); err != nil {
-		b.t.Fatal(err)
 	}
 }
 
@@ -118,14 +69,14 @@ func (b *bed) stopped(daemon bool) (pids []int) {
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
 		if daemon {
 			pid := b.Daemon("crishim").Pid()
-			if parent := parentOf(pid); pid != 0 && state(pid) == "T" && state(parent) == "T" {
+			if parent := parentOf(pid); pid != 0 && node.ProcessState(pid) == "T" && node.ProcessState(parent) == "T" {
 				return []int{pid, parent}
 			}
 			continue
 		}
-		helpers, _ := b.processes()
+		helpers, _ := b.CheckpointProcesses(b.t)
 		for _, pid := range helpers {
-			if state(pid) == "T" {
+			if node.ProcessState(pid) == "T" {
 				return []int{pid}
 			}
 		}
@@ -134,7 +85,7 @@ func (b *bed) stopped(daemon bool) (pids []int) {
 	return nil
 }
 
-func (b *bed) killAt(c subject, step step, v victims) {
+func (b *bed) killAt(c subject, step node.Step, v victims) {
 	b.t.Helper()
 	ended, letGo := b.hold(c, step)
 	b.kill(v)
@@ -147,23 +98,23 @@ func (b *bed) killAt(c subject, step step, v victims) {
 	b.t.Logf("the answer: %v", err)
 	b.settled(c, since, true)
 	there := b.takeArchive()
-	if step.after == nothing && there || step.after == whole && !there {
+	if step.After == node.Nothing && there || step.After == node.Whole && !there {
 		b.t.Errorf("is there an archive? %t", there)
 	}
 	var want []string
 	switch {
-	case v.daemon && !step.daemon:
+	case v.daemon && !step.Daemon:
 		if status.Code(err) != codes.Unavailable {
 			b.t.Errorf("the answer is %v, want Unavailable: the daemon is dead", err)
 		}
 		return
-	case v.daemon, step.daemon && step.name != "helper started" && step.name != "recorded" && step.name != "job sent":
+	case v.daemon, step.Daemon && step.Name != "helper started" && step.Name != "recorded" && step.Name != "job sent":
 		return // it may have answered before
 	case v.helper && v.criu:
 		want = []string{"criu is gone, too", "may have been changed by criu", "nothing of the checkpoint is left"}
-	case v.helper && step.after == whole:
+	case v.helper && step.After == node.Whole:
 		want = []string{"if there is an archive at the location, it is whole"}
-	case v.helper && step.name == midDump:
+	case v.helper && step.Name == node.MidDump:
 		want = []string{"criu was told to roll back and has ended; the container runs on; nothing of the checkpoint is left: try again"}
 	case v.helper:
 		want = []string{"the checkpoint helper died", "nothing of the checkpoint is left: try again"}
@@ -181,12 +132,12 @@ func (b *bed) killAt(c subject, step step, v victims) {
 func TestKillsDuringARepair(t *testing.T) {
 	b := newBed(t, "failpoint")
 	c := b.run(64)
-	_, letGo := b.hold(c, step{name: midDump})
+	_, letGo := b.hold(c, node.Step{Name: node.MidDump})
 	b.kill(victims{daemon: true, helper: true, criu: true})
 	since := time.Now()
 	letGo()
 	for _, point := range []string{"repair begun", "repair done"} {
-		b.failpoint(point)
+		b.Failpoint(b.t, point)
 		before, started := b.Daemon("crishim"), make(chan struct{})
 		go func() {
 			defer close(started)
@@ -199,7 +150,7 @@ func TestKillsDuringARepair(t *testing.T) {
 		b.kill(victims{daemon: true})
 		<-started
 	}
-	b.failpoint("")
+	b.Failpoint(b.t, "")
 	b.start()
 	b.settled(c, since, true)
 	if b.takeArchive() {
@@ -214,22 +165,22 @@ func TestKillsDuringARepair(t *testing.T) {
 func TestAPowerCut(t *testing.T) {
 	b := newBed(t, "failpoint")
 	for _, test := range []struct {
-		step
+		node.Step
 		there bool // an archive
 	}{
-		{step{name: "staged"}, false},
-		{step{name: midDump, criu: true}, false},
-		{step{name: "assembled"}, false},
-		{step{name: "archive synced"}, false},
-		{step{name: "renamed"}, true},
+		{node.Step{Name: "staged"}, false},
+		{node.Step{Name: node.MidDump, Criu: true}, false},
+		{node.Step{Name: "assembled"}, false},
+		{node.Step{Name: "archive synced"}, false},
+		{node.Step{Name: "renamed"}, true},
 	} {
-		if !b.part(t, test.name, func() { b.cutPower(test.step, test.there) }) {
+		if !b.part(t, test.Name, func() { b.cutPower(test.Step, test.there) }) {
 			return
 		}
 	}
 }
 
-func (b *bed) cutPower(step step, there bool) {
+func (b *bed) cutPower(step node.Step, there bool) {
 	b.t.Helper()
 	c := b.run(64)
 	upper := b.upper(c)
@@ -247,7 +198,7 @@ func (b *bed) cutPower(step step, there bool) {
 		}
 		return links
 	}
-	if step.criu && len(links()) == 0 {
+	if step.Criu && len(links()) == 0 {
 		b.t.Error("criu has not added a name to the deleted file: the test shows less than it should")
 	}
 	records, err := filepath.Glob(b.Path(node.CrishimState("crishim") + "/*.json"))
