@@ -152,6 +152,7 @@ install: build ## install the binary, the systemd units and, if there is none, t
 	sed 's|@BINDIR@|$(PREFIX)/bin|' systemd/crishim.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
 	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
 	install -m 0644 systemd/crishim.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.socket
+	install -D -m 0644 systemd/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/crishim.conf
 	test -e $(DESTDIR)/etc/crishim/config.toml || install -D -m 0644 systemd/config.toml $(DESTDIR)/etc/crishim/config.toml
 	install -D -m 0644 systemd/kubelet-crishim.conf $(DESTDIR)$(PREFIX)/share/crishim/kubelet-crishim.conf
 

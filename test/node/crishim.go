@@ -6,9 +6,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/systemd"
 )
 
 // CrishimSocket is where StartCrishim has crishim listen, in the node.
@@ -32,8 +35,8 @@ func BuildCrishim(ctx context.Context, dir string, tags ...string) (path string,
 	return path, nil
 }
 
-// StartCrishim starts a binary of the host's as crishim in front of containerd, and waits until it relays. After its end, it
-// can be started again.
+// StartCrishim starts a binary of the host's as crishim in front of containerd, with no more privileges than the shipped unit gives it, and
+// waits until it relays. After its end, it can be started again.
 func (n *Node) StartCrishim(ctx context.Context, binary string, args ...string) (*Daemon, error) {
 	return n.StartCrishimAt(ctx, "crishim", CrishimSocket, binary, args...)
 }
@@ -52,8 +55,12 @@ func (n *Node) StartCrishimAt(ctx context.Context, name, socket, binary string, 
 	if err := n.configureCrishim(); err != nil {
 		return nil, fmt.Errorf("start crishim: %w", err)
 	}
-	daemon, err := n.StartDaemon(name, target, append([]string{"serve",
-		"--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + ContainerdSocket, "--state-dir", CrishimState(name)}, args...)...)
+	confine, err := confinement(systemd.Service)
+	if err != nil {
+		return nil, fmt.Errorf("start crishim: %w", err)
+	}
+	daemon, err := n.StartDaemon(name, confine[0], slices.Concat(confine[1:], []string{target, "serve",
+		"--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + ContainerdSocket, "--state-dir", CrishimState(name)}, args)...)
 	if err != nil {
 		return nil, err
 	}
@@ -70,6 +77,32 @@ func (n *Node) StartCrishimAt(ctx context.Context, name, socket, binary string, 
 		return nil, fmt.Errorf("start crishim: %w", err)
 	}
 	return daemon, nil
+}
+
+// confinement is the beginning of a command line that takes from a process what a unit does, as far as that can be done to a process: what
+// systemd does by cgroups needs systemd, see test/vm.
+func confinement(unit string) ([]string, error) {
+	script, confine := "exec \"$@\"", []string{"setpriv"}
+	var dropped []string
+	for line := range strings.Lines(unit) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		switch {
+		case key == "UMask":
+			script = "umask " + value + " && " + script
+		case key == "NoNewPrivileges" && value == "yes":
+			confine = append(confine, "--no-new-privs")
+		case key == "CapabilityBoundingSet" && strings.HasPrefix(value, "~"):
+			for _, capability := range strings.Fields(value[1:]) {
+				dropped = append(dropped, "-"+strings.ToLower(strings.TrimPrefix(capability, "CAP_")))
+			}
+		case key == "CapabilityBoundingSet", key == "NoNewPrivileges":
+			return nil, fmt.Errorf("confine process as the unit does: %s is not known here", line)
+		}
+	}
+	if len(dropped) > 0 {
+		confine = append(confine, "--bounding-set", strings.Join(dropped, ","))
+	}
+	return append([]string{"sh", "-c", script, "sh"}, append(confine, "--")...), nil
 }
 
 // configureCrishim writes crishim's configuration, unless a test has done it: how full the disk is of the machine that runs the tests says

@@ -62,6 +62,9 @@ const KubeletPath = "/usr/local/bin/kubelet"
 // crishimPath is where make install puts crishim.
 const crishimPath = "/usr/local/bin/crishim"
 
+// crishimFailpointPath is where a virtual machine has one with the tag "failpoint".
+const crishimFailpointPath = "/usr/local/lib/crishim-test/crishim-failpoint"
+
 // Run starts the machine, building what the cache lacks, and waits for its end, which that of the command or of ctx brings about. It returns
 // the command's exit code. Any other end, such as a panic of the machine's kernel, is an error that has the last lines of its console.
 func (m Machine) Run(ctx context.Context) (code int, err error) {
@@ -155,6 +158,9 @@ func (m Machine) makeDisk(ctx context.Context, c cache, dir string) error {
 			args[0] = "/usr/local/lib/crishim-test/" + filepath.Base(program)
 			copies[args[0]] = program
 		}
+	}
+	if copies[crishimFailpointPath], err = BuildCrishim(ctx, dir, "failpoint"); err != nil {
+		return err
 	}
 	for target, source := range copies {
 		target = filepath.Join(tree, target)
