@@ -174,6 +174,14 @@ func (k *Kubelet) PodName(name string) string { return name + "-" + k.node.hostn
 
 // RunPod writes a manifest and waits until the pod runs.
 func (k *Kubelet) RunPod(ctx context.Context, pod Pod) error {
+	if err := k.WritePod(pod); err != nil {
+		return err
+	}
+	return k.WaitPods(ctx, []string{pod.Name}, nil)
+}
+
+// WritePod writes a manifest, by which the kubelet starts the pod when it sees it.
+func (k *Kubelet) WritePod(pod Pod) error {
 	container := map[string]any{"name": pod.Name, "image": pod.Image, "imagePullPolicy": "IfNotPresent"}
 	if pod.Image == "" {
 		container["image"] = WorkloadImage
@@ -209,22 +217,37 @@ func (k *Kubelet) RunPod(ctx context.Context, pod Pod) error {
 	if err := os.Rename(hidden, path); err != nil {
 		return fmt.Errorf("run pod: %w", err)
 	}
-	return k.waitPods(ctx, func(phases map[string]bool) error {
-		if !phases[k.PodName(pod.Name)] {
-			return fmt.Errorf("pod %s does not run", k.PodName(pod.Name))
-		}
-		return nil
-	})
+	return nil
 }
 
 // RemovePod removes a manifest and waits until the kubelet has ended its pod.
 func (k *Kubelet) RemovePod(ctx context.Context, name string) error {
+	if err := k.UnwritePod(name); err != nil {
+		return err
+	}
+	return k.WaitPods(ctx, nil, []string{name})
+}
+
+// UnwritePod removes a manifest, and the kubelet ends the pod when it sees that.
+func (k *Kubelet) UnwritePod(name string) error {
 	if err := os.Remove(k.node.Path(k.manifest(name))); err != nil {
 		return fmt.Errorf("remove pod: %w", err)
 	}
+	return nil
+}
+
+// WaitPods waits until the pods of some manifests run, and those of others are gone.
+func (k *Kubelet) WaitPods(ctx context.Context, run, gone []string) error {
 	return k.waitPods(ctx, func(phases map[string]bool) error {
-		if _, exists := phases[k.PodName(name)]; exists {
-			return fmt.Errorf("pod %s is still there", k.PodName(name))
+		for _, name := range run {
+			if !phases[k.PodName(name)] {
+				return fmt.Errorf("pod %s does not run", k.PodName(name))
+			}
+		}
+		for _, name := range gone {
+			if _, exists := phases[k.PodName(name)]; exists {
+				return fmt.Errorf("pod %s is still there", k.PodName(name))
+			}
 		}
 		return nil
 	})
