@@ -3,7 +3,6 @@ package shim
 import (
 	"context"
 	"errors"
-	"net"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,37 +17,8 @@ import (
 	"crishim/test/node"
 )
 
-// fakeRuntime stands in for runtimes that implement the call, or do not, in the ways that there are.
-type fakeRuntime struct {
-	runtimeapi.UnimplementedRuntimeServiceServer
-	answer error
-}
-
-func (f *fakeRuntime) CheckpointContainer(context.Context, *runtimeapi.CheckpointContainerRequest) (*runtimeapi.CheckpointContainerResponse, error) {
-	return nil, f.answer
-}
-
-// serveFake serves it until stop is called.
-func serveFake(t *testing.T, socket string, answer error) (stop func()) {
-	t.Helper()
-	listener, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := grpc.NewServer()
-	runtimeapi.RegisterRuntimeServiceServer(server, &fakeRuntime{answer: answer})
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(listener) }()
-	return func() {
-		server.Stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// answers asks for a checkpoint that nobody makes, until the answer is whose it should be.
-func answers(t *testing.T, socket string, crishim bool, when string) {
+// expectAnswer asks for a checkpoint that nobody makes, until the answer is whose it should be.
+func expectAnswer(t *testing.T, socket string, crishim bool, when string) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -90,9 +60,9 @@ func TestWhoAnswers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			runtime, crishim := filepath.Join(dir, "runtime.sock"), filepath.Join(dir, "crishim.sock")
-			defer serveFake(t, runtime, test.answer)()
+			(&fakeRuntime{checkpoint: fails(test.answer)}).serve(t, runtime)
 			defer start(t, Config{Listen: crishim, RuntimeEndpoint: runtime, Criu: filepath.Join(dir, "criu"), Mode: test.mode})()
-			answers(t, crishim, test.crishim, name)
+			expectAnswer(t, crishim, test.crishim, name)
 		})
 	}
 }
@@ -103,16 +73,16 @@ func TestAnotherRuntime(t *testing.T) {
 	dir := t.TempDir()
 	runtime, crishim := filepath.Join(dir, "runtime.sock"), filepath.Join(dir, "crishim.sock")
 	defer start(t, Config{Listen: crishim, RuntimeEndpoint: runtime, Criu: filepath.Join(dir, "criu"), Mode: Auto})()
-	answers(t, crishim, true, "while there is no runtime")
-	stop := serveFake(t, runtime, status.Error(codes.NotFound, "no such container"))
-	answers(t, crishim, false, "by one that can")
+	expectAnswer(t, crishim, true, "while there is no runtime")
+	stop := (&fakeRuntime{checkpoint: fails(status.Error(codes.NotFound, "no such container"))}).serve(t, runtime)
+	expectAnswer(t, crishim, false, "by one that can")
 	stop()
-	answers(t, crishim, true, "while it is away")
-	stop = serveFake(t, runtime, status.Error(codes.Unimplemented, "unknown method"))
-	answers(t, crishim, true, "by one that can not")
+	expectAnswer(t, crishim, true, "while it is away")
+	stop = (&fakeRuntime{checkpoint: fails(status.Error(codes.Unimplemented, "unknown method"))}).serve(t, runtime)
+	expectAnswer(t, crishim, true, "by one that can not")
 	stop()
-	defer serveFake(t, runtime, status.Error(codes.NotFound, "no such container"))()
-	answers(t, crishim, false, "by one that can, again")
+	(&fakeRuntime{checkpoint: fails(status.Error(codes.NotFound, "no such container"))}).serve(t, runtime)
+	expectAnswer(t, crishim, false, "by one that can, again")
 }
 
 // What the real ones answer to the question: containerd up to 1.7 does not implement the call, and from 2.1 on does.
@@ -124,5 +94,5 @@ func TestAutoWithContainerd(t *testing.T) {
 	}
 	socket := filepath.Join(t.TempDir(), "crishim.sock")
 	defer start(t, Config{Listen: socket, RuntimeEndpoint: node.ContainerdSocket, Criu: "criu", Mode: Auto})()
-	answers(t, socket, strings.HasPrefix(strings.TrimPrefix(version.GetRuntimeVersion(), "v"), "1."), version.GetRuntimeVersion())
+	expectAnswer(t, socket, strings.HasPrefix(strings.TrimPrefix(version.GetRuntimeVersion(), "v"), "1."), version.GetRuntimeVersion())
 }

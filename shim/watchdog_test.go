@@ -8,62 +8,14 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"github.com/sirupsen/logrus/hooks/test"
 	"go.uber.org/goleak"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
-
-// fakeRuntime answers Version and ListContainers as a test says. No real runtime hangs, or errs, on demand.
-type fakeRuntime struct {
-	runtimeapi.UnimplementedRuntimeServiceServer
-	version, list func(context.Context) error
-	versions      atomic.Int64 // calls
-}
-
-func (r *fakeRuntime) Version(ctx context.Context, _ *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
-	r.versions.Add(1)
-	return &runtimeapi.VersionResponse{}, r.version(ctx)
-}
-
-func (r *fakeRuntime) ListContainers(ctx context.Context, _ *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
-	return &runtimeapi.ListContainersResponse{}, r.list(ctx)
-}
-
-func answers(context.Context) error { return nil }
-
-func hangs(ctx context.Context) error {
-	<-ctx.Done()
-	return ctx.Err()
-}
-
-func errs(context.Context) error { return status.Error(codes.Internal, "broken inside") }
-
-// serve has the fake serve at a path until the test's end.
-func (r *fakeRuntime) serve(t *testing.T, path string) {
-	t.Helper()
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := grpc.NewServer()
-	runtimeapi.RegisterRuntimeServiceServer(server, r)
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
-	t.Cleanup(func() {
-		server.Stop()
-		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
-			t.Error(err)
-		}
-	})
-}
 
 // silent listens at a path, and does nothing more.
 func silent(t *testing.T, path string) {

@@ -8,3 +8,8 @@ import _ "embed"
 //
 //go:embed config.toml
 var Config string
+
+// Service is crishim.service, by which tests run crishim where there is no systemd; @BINDIR@ stands for the directory of the binary.
+//
+//go:embed crishim.service
+var Service string

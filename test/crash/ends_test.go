@@ -12,6 +12,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/test/node"
 )
 
 // end is a way in which a container ends.
@@ -50,29 +52,29 @@ func (b *bed) exited(c subject) bool {
 func TestTheContainerEnds(t *testing.T) {
 	b := newBed(t, "failpoint")
 	for _, test := range []struct {
-		step
+		node.Step
 		// held says that the step keeps the container's end from the runtime, for as long as it is held.
 		held bool
 		ends []end
 	}{
-		{step{name: "recorded", daemon: true, after: nothing}, false, []end{killed}},
-		{step{name: "staged", after: nothing}, false, []end{killed, stopped}},
-		{step{name: "copied", after: nothing}, true, []end{killed, stopped}},
-		{step{name: midDump, criu: true, after: nothing}, true, []end{killed, stopped, removed}},
-		{step{name: "memory written", criu: true, after: nothing}, true, []end{killed, stopped}},
-		{step{name: "captured", criu: true, after: either}, true, []end{killed}},
-		{step{name: "dumped", after: whole}, false, []end{killed, stopped, removed}},
-		{step{name: "assembled", after: whole}, false, []end{stopped}},
+		{node.Step{Name: "recorded", Daemon: true, After: node.Nothing}, false, []end{killed}},
+		{node.Step{Name: "staged", After: node.Nothing}, false, []end{killed, stopped}},
+		{node.Step{Name: "copied", After: node.Nothing}, true, []end{killed, stopped}},
+		{node.Step{Name: node.MidDump, Criu: true, After: node.Nothing}, true, []end{killed, stopped, removed}},
+		{node.Step{Name: "memory written", Criu: true, After: node.Nothing}, true, []end{killed, stopped}},
+		{node.Step{Name: "captured", Criu: true, After: node.Either}, true, []end{killed}},
+		{node.Step{Name: "dumped", After: node.Whole}, false, []end{killed, stopped, removed}},
+		{node.Step{Name: "assembled", After: node.Whole}, false, []end{stopped}},
 	} {
 		for _, end := range test.ends {
-			if !b.part(t, test.name+": "+end.name, func() { b.endAt(test.step, end, test.held) }) {
+			if !b.part(t, test.Name+": "+end.name, func() { b.endAt(test.Step, end, test.held) }) {
 				return
 			}
 		}
 	}
 }
 
-func (b *bed) endAt(step step, end end, held bool) {
+func (b *bed) endAt(step node.Step, end end, held bool) {
 	b.t.Helper()
 	c := b.run(64)
 	checkpoint, letGo := b.hold(c, step)
@@ -94,7 +96,7 @@ func (b *bed) endAt(step step, end end, held bool) {
 	} else {
 		seen()
 	}
-	if step.name == midDump {
+	if step.Name == node.MidDump {
 		b.rolledBack() // and does not go on to write the memory of others, for minutes
 	}
 	letGo()
@@ -110,7 +112,7 @@ func (b *bed) endAt(step step, end end, held bool) {
 		b.t.Error(complaint)
 	}
 	there := b.takeArchive()
-	if there != (err == nil) || step.after == nothing && there || step.after == whole && !there {
+	if there != (err == nil) || step.After == node.Nothing && there || step.After == node.Whole && !there {
 		b.t.Errorf("is there an archive? %t", there)
 	}
 	if err := c.Remove(b.t.Context()); err != nil {
@@ -121,7 +123,7 @@ func (b *bed) endAt(step step, end end, held bool) {
 // rolledBack waits until criu, which is held, is told to roll back.
 func (b *bed) rolledBack() {
 	b.t.Helper()
-	_, criu := b.processes()
+	_, criu := b.CheckpointProcesses(b.t)
 	for deadline := time.Now().Add(within); ; time.Sleep(5 * time.Millisecond) {
 		for _, pid := range criu {
 			var limit unix.Rlimit
