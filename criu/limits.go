@@ -37,6 +37,21 @@ const (
 	volumeLinkName    = "deleted file with another name, in a volume"
 )
 
+// Those that CRIU finds, and Obstacles before it.
+const (
+	nestedName       = "namespace made inside"
+	noResourceName   = "other user's process, and no CAP_SYS_RESOURCE"
+	nodeMemoryName   = "System V shared memory of the node"
+	mptcpName        = "MPTCP socket"
+	otherSocketName  = "socket of another kind"
+	deviceName       = "open device"
+	otherFileName    = "open file of another kind"
+	largeDeletedName = "large deleted file that is open"
+	ioUringName      = "io_uring"
+	watchName        = "inotify or fanotify watch that cannot be found again"
+	unknownMountName = "mount that the specification does not know"
+)
+
 // limits are in the order in which an error of CRIU is compared with them.
 var limits = []Limit{
 	{
@@ -54,12 +69,12 @@ var limits = []Limit{
 		Advice: "checkpoint.tcp refuses connections; close it first, or set that to established",
 	},
 	{
-		Name: "MPTCP socket", Kind: Unsupported,
+		Name: mptcpName, Kind: Unsupported,
 		Advice:  "switch MPTCP off in the program; for one in Go set GODEBUG=multipathtcp=0 in the container",
 		pattern: regexp.MustCompile(`Unsupported proto 262`),
 	},
 	{
-		Name: "socket of another kind", Kind: Unsupported,
+		Name: otherSocketName, Kind: Unsupported,
 		Advice:  "CRIU knows the sockets of TCP, UDP, unix, netlink and packets; close this one first",
 		pattern: regexp.MustCompile(`Unsupported proto|Unsupported socket|Unknown socket collected|Unknown pair family`),
 	},
@@ -75,13 +90,13 @@ var limits = []Limit{
 			`Unix socket (?P<socket>\d+) (?:without|with unreachable) peer|Dangling connection (?P<socket>\d+)`),
 	},
 	{
-		Name: "mount that the specification does not know", Kind: Unsupported,
+		Name: unknownMountName, Kind: Unsupported,
 		Advice: "it was made after the start, or by a hook; unmount it, or have it in the container's specification, as CDI devices do",
 		pattern: regexp.MustCompile(`\d+:(?P<mount>.*) doesn't have a proper root mount|FS mnt (?P<mount>.*) dev 0x\S* root .* unsupported id|` +
 			`Mount \d+ (?P<mount>.*) \(master_id: \d+ shared_id: \d+\) has unreachable sharing`),
 	},
 	{
-		Name: "large deleted file that is open", Kind: Unsupported,
+		Name: largeDeletedName, Kind: Unsupported,
 		Advice:  "deleted files go into the image, up to 1 GiB each; close it first",
 		pattern: regexp.MustCompile(`Can't dump ghost file (?P<path>.*) of \d+ size`),
 	},
@@ -100,28 +115,28 @@ var limits = []Limit{
 		Advice: "its content is not in the archive, where a restore would look for it; close it first",
 	},
 	{
-		Name: "inotify or fanotify watch that cannot be found again", Kind: Unsupported,
+		Name: watchName, Kind: Unsupported,
 		Advice:  "CRIU finds no path to what is watched; end the watch first",
 		pattern: regexp.MustCompile(`Can't dump that handle|Can't find suitable path for handle|fsnotify: Unable to lookup a mount`),
 	},
 	{
-		Name: "io_uring", Kind: Unsupported,
+		Name: ioUringName, Kind: Unsupported,
 		Advice:     "CRIU cannot dump io_uring; switch it off in the program, or deny io_uring_setup by a seccomp profile",
 		pattern:    regexp.MustCompile(`Can't dump file (?P<fd>\d+) of that type .*io_uring|Can't retrieve FDs from socket`),
 		descriptor: func(link string) bool { return link == "anon_inode:[io_uring]" },
 	},
 	{
-		Name: "open device", Kind: Unsupported,
+		Name: deviceName, Kind: Unsupported,
 		Advice:  "the state of a device, such as a GPU, is not CRIU's to dump; close it first",
 		pattern: regexp.MustCompile(`Can't dump file (?P<fd>\d+) of that type \[\d+\] \((?:chr|blk) `),
 	},
 	{
-		Name: "open file of another kind", Kind: Unsupported,
+		Name: otherFileName, Kind: Unsupported,
 		Advice:  "CRIU does not know this kind of file; close it first",
 		pattern: regexp.MustCompile(`Can't dump file (?P<fd>\d+) of that type`),
 	},
 	{
-		Name: "System V shared memory of the node", Kind: Unsupported,
+		Name: nodeMemoryName, Kind: Unsupported,
 		Advice:  "detach it first, or run the pod without hostIPC",
 		pattern: regexp.MustCompile(`Task (?P<pid>\d+) with SysVIPC shmem map`),
 	},
@@ -130,12 +145,12 @@ var limits = []Limit{
 		Advice: "neither runc nor crun could restore it; run the pod with hostUsers: true",
 	},
 	{
-		Name: "namespace made inside", Kind: Unsupported,
+		Name: nestedName, Kind: Unsupported,
 		Advice:  "the process, such as a sandbox of a browser, has made namespaces of its own; end it first",
 		pattern: regexp.MustCompile(`Can't dump nested \S+ namespace for (?P<pid>\d+)`),
 	},
 	{
-		Name: "other user's process, and no CAP_SYS_RESOURCE", Kind: Unsupported,
+		Name: noResourceName, Kind: Unsupported,
 		Advice:  "without CAP_SYS_RESOURCE, which this machine lacks, only processes of root can be dumped",
 		pattern: regexp.MustCompile(`Can't get rlimit \d+: Operation not permitted`),
 	},

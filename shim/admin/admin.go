@@ -112,6 +112,11 @@ func (s *Server) Delete(ctx context.Context, request *crishimv1.DeleteRequest) (
 	return &crishimv1.DeleteResponse{Checkpoint: c}, nil
 }
 
+// Check looks at the node and at a container.
+func (s *Server) Check(ctx context.Context, request *crishimv1.CheckRequest) (*crishimv1.CheckResponse, error) {
+	return s.checkpoints.Check(ctx, request.GetContainerId(), request.GetLocation()), nil
+}
+
 func callerOf(ctx context.Context) *crishimv1.Caller {
 	if p, ok := peer.FromContext(ctx); ok {
 		if info, ok := p.AuthInfo.(peerInfo); ok {

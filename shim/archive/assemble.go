@@ -124,10 +124,12 @@ func (s *Staging) assemble(ctx context.Context, options Options, progress func(w
 
 // blockSize is the unit in which the file system shares and shifts blocks, as far as it
 // tells: a guess that does not fit costs a copy.
-func (s *Staging) blockSize() int64 {
+func (s *Staging) blockSize() int64 { return blockSizeOf(s.dir) }
+
+func blockSizeOf(dir *os.File) int64 {
 	const least, most = 4 << 10, 64 << 10 // of ext4, XFS and btrfs, on any machine
 	var st unix.Statfs_t
-	if unix.Fstatfs(int(s.dir.Fd()), &st) != nil {
+	if unix.Fstatfs(int(dir.Fd()), &st) != nil {
 		return least
 	}
 	for _, size := range []int64{8 << 10, 16 << 10, 32 << 10, most} {

@@ -59,14 +59,11 @@ func OpenLocation(path string) (*Location, error) {
 
 // OpenDirectory opens a directory in which archives are, by OpenLocation's rules. The caller closes it.
 func OpenDirectory(path string) (*os.File, error) {
-	if reason := malformed(path); reason != "" {
-		return nil, fmt.Errorf("%w %q: %s", ErrInvalidLocation, path, reason)
-	}
-	dir, err := openDirectory(path)
+	l, err := Directory(path)
 	if err != nil {
-		return nil, invalidLocation(path, err)
+		return nil, err
 	}
-	return dir, nil
+	return l.dir, nil
 }
 
 // Close lets go of the directory. Stagings made from l can then neither publish

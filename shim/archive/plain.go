@@ -38,13 +38,21 @@ type abilities struct {
 
 // probe tries the file system on a file without data, which costs no input or output.
 func (s *Staging) probe() abilities {
-	can := abilities{block: s.blockSize()}
 	f, err := openAt(s.dir, ".probe", unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
-		return can // what comes next tells why
+		return abilities{block: s.blockSize()} // what comes next tells why
 	}
 	defer f.Close()
-	if unix.Unlinkat(int(s.dir.Fd()), ".probe", 0) != nil || f.Truncate(2*can.block) != nil {
+	if unix.Unlinkat(int(s.dir.Fd()), ".probe", 0) != nil {
+		return abilities{block: s.blockSize()}
+	}
+	return tryOut(f, s.blockSize())
+}
+
+// tryOut tries what a file system can do on a file of its own, which is empty and has no name.
+func tryOut(f *os.File, block int64) abilities {
+	can := abilities{block: block}
+	if f.Truncate(2*can.block) != nil {
 		return can
 	}
 	can.clone = clone(f, 2*can.block, Segment{File: f, Length: can.block}) == nil

@@ -52,6 +52,79 @@ func (l *Location) In(dir string) bool {
 	return unix.Fstat(int(l.dir.Fd()), &here) == nil && unix.Stat(dir, &there) == nil && here.Dev == there.Dev && here.Ino == there.Ino
 }
 
+// Directory holds a directory open in which archives are to appear, as OpenLocation does, with no name in it: to look at it, and not to stage
+// anything. The caller closes it.
+func Directory(path string) (*Location, error) {
+	if path != "/" && malformed(path) != "" {
+		return nil, fmt.Errorf("%w %q: %s", ErrInvalidLocation, path, malformed(path))
+	}
+	dir, err := openDirectory(path)
+	if err != nil {
+		return nil, invalidLocation(path, err)
+	}
+	return &Location{path: path, dir: dir}, nil
+}
+
+// Method is how an archive would be put together on a file system, and what that takes.
+type Method struct {
+	can   abilities
+	known bool
+}
+
+// Method tries what the file system can do on a file that never has a name. Where it has no such files (O_TMPFILE), as on
+// NFS, it cannot be told before there is something to be archived.
+func (l *Location) Method() (Method, error) {
+	fd, err := unix.Openat(int(l.dir.Fd()), ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err == unix.EOPNOTSUPP || err == unix.EISDIR {
+		return Method{}, nil
+	}
+	if err != nil {
+		return Method{}, fmt.Errorf("write at location: %w", explain(l.dir, &os.PathError{Op: "open", Path: l.dir.Name(), Err: err}))
+	}
+	f := os.NewFile(uintptr(fd), l.dir.Name())
+	defer f.Close()
+	return Method{tryOut(f, blockSizeOf(l.dir)), true}, nil
+}
+
+// String is for people.
+func (m Method) String() string {
+	switch {
+	case !m.known:
+		return "how archives are put together there is found out with the first one"
+	case m.can.insert && m.can.clone:
+		return "archives are put together in place: the largest image becomes the archive, and shares blocks with the others"
+	case m.can.insert:
+		return "archives are put together in place: the largest image becomes the archive, and the others are copied"
+	case m.can.clone:
+		return "archives are put together in place: they share blocks with the images"
+	}
+	return "archives are copied together: it can neither insert a hole into a file nor share blocks, as ext4, XFS and btrfs can"
+}
+
+// Fast says whether the largest image need not be copied.
+func (m Method) Fast() bool { return m.can.insert || m.can.clone }
+
+// Extra is what Staging's is.
+func (m Method) Extra(options Options, staged []int64, composed int64) int64 {
+	return m.can.extra(options, staged, composed)
+}
+
+// FileSystem is the type of the file system, as in mount(8); a number where this does not know the name.
+func (l *Location) FileSystem() string {
+	var st unix.Statfs_t
+	if unix.Fstatfs(int(l.dir.Fd()), &st) != nil {
+		return "unknown"
+	}
+	names := map[int64]string{
+		unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs", unix.BTRFS_SUPER_MAGIC: "btrfs", unix.TMPFS_MAGIC: "tmpfs",
+		unix.OVERLAYFS_SUPER_MAGIC: "overlay", unix.NFS_SUPER_MAGIC: "nfs", unix.F2FS_SUPER_MAGIC: "f2fs", unix.FUSE_SUPER_MAGIC: "fuse",
+	}
+	if name := names[int64(st.Type)]; name != "" {
+		return name
+	}
+	return fmt.Sprintf("%#x", st.Type)
+}
+
 // Used is how much room the staged files take, in bytes, scratch files included. It may be called while others stage.
 func (s *Staging) Used() int64 {
 	used := int64(0)
@@ -82,6 +155,10 @@ func (s *Staging) Used() int64 {
 // Extra is how much room Assemble takes at most beyond that of what was staged, in bytes: of staged files, by their sizes, and of what was
 // composed, whose pieces stay until it is done. See plain for why.
 func (s *Staging) Extra(options Options, staged []int64, composed int64) int64 {
+	return s.probe().extra(options, staged, composed)
+}
+
+func (can abilities) extra(options Options, staged []int64, composed int64) int64 {
 	var largest, second int64
 	for _, size := range staged {
 		if size > largest {
@@ -90,7 +167,6 @@ func (s *Staging) Extra(options Options, staged []int64, composed int64) int64 {
 			second = max(second, size)
 		}
 	}
-	can := s.probe()
 	switch {
 	case options.Compression == Zstd: // what cannot be compressed is there twice, a file at a time
 		return composed + largest

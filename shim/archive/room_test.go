@@ -55,6 +55,14 @@ func TestRoomForAssembling(t *testing.T) {
 						t.Errorf("%d bytes are staged, and Used says %d", total, used)
 					}
 					extra := s.Extra(options, staged, layer)
+					method, err := l.Method()
+					must(t, err)
+					if same := method.Extra(options, staged, layer); same != extra && method.known {
+						t.Errorf("by Method it is %d bytes more, and %d in truth", same, extra)
+					}
+					if method.known && (method.can.insert != fs.insert || method.can.clone != fs.clone) {
+						t.Errorf("the method is %s", method)
+					}
 					ballast(t, s, dir, extra*share/100+3<<20)
 					err = s.Assemble(t.Context(), options, nil)
 					if err != nil && !errors.Is(err, unix.ENOSPC) || share == 100 && err != nil {

@@ -209,6 +209,7 @@ func TestKindsOfPods(t *testing.T) {
 			c := containerd.Run(t, spec)
 			node.WaitCount(t, 0, c.Log)
 			path := location(t)
+			checkAllows(t, containerd, c.ID, path)
 			if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
 				t.Fatal(err)
 			}

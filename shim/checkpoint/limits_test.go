@@ -177,11 +177,11 @@ func TestLimits(t *testing.T) {
 			}
 			continue
 		}
-		t.Run(name, func(t *testing.T) { l.test(t, row) })
+		t.Run(name, func(t *testing.T) { l.test(t, name, row) })
 	}
 }
 
-func (l limit) test(t *testing.T, row documentedLimit) {
+func (l limit) test(t *testing.T, name string, row documentedLimit) {
 	containerd := node.Containerd(t)
 	makeVolume(t)
 	if l.before != nil {
@@ -202,6 +202,7 @@ func (l limit) test(t *testing.T, row documentedLimit) {
 	service := checkpoint.New(config)
 	defer service.Drain(context.Background())
 	path := location(t)
+	checkForesees(t, service, name, c.ID)
 	_, err := service.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path})
 	if err == nil {
 		t.Fatal("it was checkpointed")
@@ -274,6 +275,7 @@ func TestWithinTheLimits(t *testing.T) {
 				c := containerd.Run(t, spec)
 				node.WaitCount(t, 1, c.Log)
 				path := location(t)
+				checkAllows(t, containerd, c.ID, path)
 				if _, err := crishim.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: c.ID, Location: path}); err != nil {
 					t.Fatal(err)
 				}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,19 +24,19 @@ var errNoRoom = errors.New("no room for the archive")
 
 // room looks after the file system that an archive is made on: what is reserved of it stays free.
 type room struct {
-	staging *archive.Staging
+	staging *archive.Staging // nil where it is looked at only
+	place   string           // the path of a directory on it
 	reserve *crishimv1.Reserve
 	start   archive.Room
 }
 
 func newRoom(staging *archive.Staging, reserve *crishimv1.Reserve) (*room, error) {
 	start, err := staging.Room()
-	return &room{staging, reserve, start}, err
+	return &room{staging, staging.Place(), reserve, start}, err
 }
 
-// check says whether there is room for an archive.
-func (r *room) check(options archive.Options, need need) error {
-	extra := r.staging.Extra(options, append(need.memory, need.shm), need.layer)
+// check says whether there is room for an archive, which takes extra bytes to be put together.
+func (r *room) check(extra int64, need need) error {
 	bytes := need.bytes() + extra
 	bytes += bytes/50 + 16<<20 // the container goes on until it is frozen, and CRIU writes of more than memory
 	switch {
@@ -54,7 +55,7 @@ func (r *room) describe(now archive.Room) string {
 	if now.TotalInodes > 0 && (now.FreeInodes-r.reserve.GetInodes() < 1000 || now.FreeInodes-r.reserve.GetInodes() < r.start.FreeInodes/100) {
 		free += fmt.Sprintf("; of %d inodes %d, of which %d stay so (%s)", now.TotalInodes, now.FreeInodes, r.reserve.GetInodes(), r.reserve.GetInodesOf())
 	}
-	return fmt.Sprintf("on the file system of %s %s: make room there, reserve less, or choose a location on another file system", r.staging.Place(), free)
+	return fmt.Sprintf("on the file system of %s %s: make room there, reserve less, or choose a location on another file system", r.place, free)
 }
 
 // size is a number of bytes for people.
@@ -126,6 +127,9 @@ type need struct {
 	log    int64
 	inodes int64
 }
+
+// staged are the sizes of files that are staged whole.
+func (n need) staged() []int64 { return append(slices.Clone(n.memory), n.shm) }
 
 func (n need) bytes() int64 {
 	sum := n.layer + n.shm + n.log

@@ -21,7 +21,7 @@ import (
 func bounded(t *testing.T, containerd *node.Client, bounds checkpoint.Bounds) *checkpoint.Service {
 	t.Helper()
 	service := checkpoint.New(checkpoint.Config{
-		Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", Bounds: bounds, Log: testLog(t),
+		Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", State: t.TempDir(), Bounds: bounds, Log: testLog(t),
 	})
 	t.Cleanup(func() { service.Drain(context.Background()) })
 	return service

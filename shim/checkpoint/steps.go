@@ -65,7 +65,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	if err != nil {
 		return nil, err
 	}
-	if err := room.check(options, need); err != nil {
+	if err := room.check(staging.Extra(options, need.staged(), need.layer), need); err != nil {
 		return nil, err
 	}
 	ctx, stop := room.watch(ctx)

@@ -29,7 +29,7 @@ type file struct {
 }
 
 const (
-	fileName = "history.jsonl"
+	fileName = "history.log"
 	// newSuffix is of the file that is to take its place. What a crash leaves of it is written over.
 	newSuffix = ".new"
 	// A file that is larger was not written by us, and is left alone.
