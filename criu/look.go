@@ -61,7 +61,7 @@ func (c Container) Obstacles(ctx context.Context) ([]*Error, error) {
 
 // Connected says whether a dump would have to lock the container's network, for an established TCP connection, and whether that could be done.
 func (c Container) Connected(ctx context.Context, criu string) (connected, lockable bool, err error) {
-	if connected, err = c.connectedTCP(ctx); err != nil || !connected {
+	if _, connected, err = c.connectedTCP(ctx); err != nil || !connected {
 		return connected, true, err
 	}
 	if lockMethod(ctx, criu) == lockNetworkByNftables {

@@ -43,6 +43,7 @@ CRIU and writes an archive where the kubelet asked for it.`,
 	}
 	root.AddCommand(
 		serveCommand(), configCommand(), retentionCommand(),
+		checkCommand(), checkpointCommand(), listCommand(), cancelCommand(), deleteCommand(),
 		verifyCommand(), inspectCommand(), diffCommand(), convertCommand(), versionCommand(),
 	)
 	return root

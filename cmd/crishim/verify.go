@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -107,20 +106,4 @@ func printReport(w io.Writer, report *archive.Report, images *needs.Images) erro
 // hasDigests tells whether a manifest has a digest of each member.
 func hasDigests(m *archive.Manifest) bool {
 	return !slices.ContainsFunc(m.Members, func(d archive.Digest) bool { return d.SHA256 == "" })
-}
-
-// exitError is an error that has an exit code of its own; all others have 1.
-type exitError struct {
-	code int
-	error
-}
-
-func (e exitError) Unwrap() error { return e.error }
-
-func exitCode(err error) int {
-	var exit exitError
-	if errors.As(err, &exit) {
-		return exit.code
-	}
-	return 1
 }

@@ -38,7 +38,7 @@ func (s *Service) Check(ctx context.Context, id, location string) *crishimv1.Che
 	s.checkState(node)
 	if id != "" {
 		if location != "" {
-			own.add("location", validateLocation(location), location+" is free", "")
+			own.add("location", validateLocation(location, s.config().Directories), location+" is free", "")
 		}
 		s.checkContainer(ctx, own, id, features, room, method)
 	}
@@ -142,7 +142,7 @@ func checkCapabilities(f *findings) {
 func (s *Service) checkRuntime(ctx context.Context, f *findings) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	answer, err := s.config.Runtime.Version(ctx, &runtimeapi.VersionRequest{})
+	answer, err := s.config().Runtime.Version(ctx, &runtimeapi.VersionRequest{})
 	if err != nil {
 		f.fail("runtime", "it does not answer: "+status.Convert(err).Message(), "see that it runs, and that crishim has its socket (--runtime-endpoint)")
 		return
@@ -190,7 +190,7 @@ func (s *Service) checkDirectory(ctx context.Context, f *findings, dir string) (
 		f.fail("room", err.Error(), "")
 		return nil, nil
 	}
-	reserve, err := s.reserveAt(ctx, location)
+	reserve, err := s.reserveAt(ctx, location, s.config().Bounds)
 	if err != nil {
 		f.fail("room", err.Error(), "")
 		return nil, nil
@@ -230,24 +230,16 @@ func (s *Service) checkState(f *findings) {
 		f.fail("state", err.Error(), "")
 		return
 	}
-	if err := unix.Access(s.config.State, unix.W_OK); err != nil {
-		f.fail("state", refusal(&os.PathError{Op: "write", Path: s.config.State, Err: err}).Error(), "")
+	if err := unix.Access(s.config().State, unix.W_OK); err != nil {
+		f.fail("state", refusal(&os.PathError{Op: "write", Path: s.config().State, Err: err}).Error(), "")
 		return
 	}
-	f.ok("state", "records are kept in %s", s.config.State)
-}
-
-func validateLocation(path string) error {
-	location, err := archive.OpenLocation(path)
-	if err != nil {
-		return err
-	}
-	return location.Close()
+	f.ok("state", "records are kept in %s", s.config().State)
 }
 
 // checkContainer looks at one container. features, room and method are the node's, as far as they are known.
 func (s *Service) checkContainer(ctx context.Context, f *findings, id string, features criu.Features, room *room, method *archive.Method) {
-	c, err := container.Describe(ctx, s.config.Runtime, id)
+	c, err := container.Describe(ctx, s.config().Runtime, id)
 	if err != nil {
 		f.fail("container", status.Convert(toStatus(err)).Message(), "")
 		return
@@ -290,16 +282,18 @@ func (s *Service) checkContainer(ctx context.Context, f *findings, id string, fe
 		f.ok("processes", "nothing that can be seen from outside stands in the way; what only CRIU can see, such as the peers of unix sockets, it tells when it dumps")
 	}
 	if features.Path != "" {
-		checkNetwork(ctx, f, target, features)
+		s.checkNetwork(ctx, f, target, features)
 	}
 	s.checkNeed(f, job.GetContainer(), room, method)
 }
 
-func checkNetwork(ctx context.Context, f *findings, target criu.Container, features criu.Features) {
+func (s *Service) checkNetwork(ctx context.Context, f *findings, target criu.Container, features criu.Features) {
 	connected, lockable, err := target.Connected(ctx, features.Path)
 	switch {
 	case err != nil:
 		f.fail("network", err.Error(), "")
+	case connected && s.config().RefuseTCP:
+		f.fail("network", "it has an established TCP connection, and checkpoint.tcp refuses those", "close it first, or set that to established")
 	case connected && !lockable:
 		f.fail("network", "it has an established TCP connection, and there is nothing to lock its network with", "install iptables, or a criu with nftables")
 	case connected:
@@ -321,10 +315,10 @@ func (s *Service) checkNeed(f *findings, c *crishimv1.Container, room *room, met
 	if room == nil {
 		f.ok("size", "%s", text)
 	} else {
-		f.add("size", room.check(method.Extra(s.config.Archive, need.staged(), need.layer), need), text+"; there is room", "")
+		f.add("size", room.check(method.Extra(s.config().Archive, need.staged(), need.layer), need), text+"; there is room", "")
 	}
 	text, known := s.duration(need)
-	if bound := s.config.Bounds.MaxFrozen; known.frozen > bound && bound > 0 {
+	if bound := s.config().Bounds.MaxFrozen; known.frozen > bound && bound > 0 {
 		f.warn("time", text, fmt.Sprintf("checkpoint.max_frozen is %s, and a dump that takes longer is rolled back: raise it", bound))
 		return
 	}

@@ -24,10 +24,10 @@ func (s *Service) reserve(ctx context.Context, path string, bounds Bounds) (*cri
 		return nil, err
 	}
 	defer location.Close()
-	return s.reserveAt(ctx, location)
+	return s.reserveAt(ctx, location, bounds)
 }
 
-func (s *Service) reserveAt(ctx context.Context, location *archive.Location) (*crishimv1.Reserve, error) {
+func (s *Service) reserveAt(ctx context.Context, location *archive.Location, bounds Bounds) (*crishimv1.Reserve, error) {
 	room, err := location.Room()
 	if err != nil {
 		return nil, err

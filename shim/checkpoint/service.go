@@ -271,6 +271,10 @@ func validate(request *runtimeapi.CheckpointContainerRequest, path string, direc
 	if request.GetTimeout() < 0 {
 		return fmt.Errorf("%w: timeout is %d s; it must be 0, for none, or more", errInvalid, request.GetTimeout())
 	}
+	return validateLocation(path, directories)
+}
+
+func validateLocation(path string, directories []string) error {
 	location, err := archive.OpenLocation(path)
 	if err != nil {
 		return err
@@ -278,7 +282,7 @@ func validate(request *runtimeapi.CheckpointContainerRequest, path string, direc
 	defer location.Close()
 	if len(directories) > 0 && !slices.ContainsFunc(directories, location.In) {
 		return fmt.Errorf("%w: location %q: it is not directly in one of the directories that checkpoint.directories of crishim's configuration has: %s",
-			errInvalid, request.GetLocation(), strings.Join(directories, ", "))
+			errInvalid, path, strings.Join(directories, ", "))
 	}
 	return nil
 }

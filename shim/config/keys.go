@@ -7,6 +7,7 @@ package config
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
@@ -82,12 +83,12 @@ func keysOf(prefix string, table reflect.Value) (keys []key) {
 	return keys
 }
 
-// Register makes flags for the keys that have one, with the first sentence of what the shipped file says of them.
-func Register(flags *pflag.FlagSet) {
+// Register makes flags for the keys that have one, or for those alone that are named, with the first sentence of what the shipped file says of them.
+func Register(flags *pflag.FlagSet, names ...string) {
 	k := defaults()
 	described := comments(systemd.Config)
 	for _, key := range k.all() {
-		if key.flag != "" {
+		if key.flag != "" && (len(names) == 0 || slices.Contains(names, key.name)) {
 			first, _, _ := strings.Cut(described[key.name], ". ")
 			flags.String(key.flag, key.value.String(), strings.TrimSuffix(strings.ToLower(first[:1])+first[1:], "."))
 		}
