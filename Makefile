@@ -141,9 +141,9 @@ fuzz: ## run each fuzz target for FUZZTIME (30s, as make test does)
 	test/fuzz.sh $(FUZZTIME)
 
 .PHONY: proto
-proto: ## generate proto/**/*.pb.go again (needs protoc)
-	$(GO) build -o bin/protoc-gen-go google.golang.org/protobuf/cmd/protoc-gen-go
-	protoc --plugin=bin/protoc-gen-go -I proto --go_out=. --go_opt=module=crishim proto/crishim/v1/checkpoint.proto
+proto: ## generate proto/**/*.pb.go again
+	$(GO) build -o bin/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	$(GO) tool -modfile=test/tools/proto/go.mod buf generate proto --template proto/buf.gen.yaml
 
 .PHONY: install
 install: build ## install the binary, the systemd units and, if there is none, the configuration file (DESTDIR, PREFIX)

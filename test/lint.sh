@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formatting, vet, staticcheck, and what this project bans.
+# Formatting, vet, staticcheck, the protocols, and what this project bans.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,6 +11,7 @@ fi
 go vet ./...
 go mod tidy -diff
 go tool -modfile=test/tools/lint/go.mod staticcheck ./...
+test/proto.sh
 # The one program of a module of its own.
 (cd test/tools/plot && go vet ./... && go mod tidy -diff)
 
@@ -22,7 +23,8 @@ if git grep -nE '\bos\.Create\(' -- '*.go'; then
 fi
 # The leaves must stay usable by themselves: whatever they import, and by whatever way.
 for rule in 'criu ^crishim/(shim|cmd)' 'shim/archive ^crishim/(criu|proto|cmd|shim/(container|rootfs|relay|checkpoint))' \
-	'shim/rootfs ^crishim/' 'shim/container ^crishim/' 'shim/relay ^crishim/' 'shim/checkpoint ^crishim/(shim/(relay|config)|cmd)'; do
+	'shim/rootfs ^crishim/' 'shim/container ^crishim/' 'shim/relay ^crishim/' 'shim/retention ^crishim/' \
+	'shim/checkpoint ^crishim/(shim/(relay|admin|config|retention)|cmd)' 'shim/history ^crishim/(criu|cmd|shim)'; do
 	read -r dir banned <<<"$rule"
 	if go list -deps "./$dir" | grep -vx "crishim/$dir" | grep -E "$banned"; then
 		echo "$dir must not import this: see ARCHITECTURE.md" >&2
