@@ -73,7 +73,7 @@ func (b *bars) show(p *crishimv1.Progress) {
 			mpb.AppendDecorators(
 				decor.CountersKibiByte("% .1f / % .1f"),
 				decor.AverageSpeed(decor.SizeB1024(0), "  % .1f"),
-				decor.OnComplete(decor.AverageETA(decor.ET_STYLE_GO, decor.WC{W: 5}), " done"),
+				decor.OnComplete(decor.AverageETA(decor.ET_STYLE_GO, decor.WC{W: 8}), " done"),
 				decor.Any(func(decor.Statistics) string { return "  " + frozen.Load().(string) })))
 	}
 	b.frozen.Store(standing(p))

@@ -245,16 +245,18 @@ func (s *Service) checkContainer(ctx context.Context, f *findings, id string, fe
 		return
 	}
 	name := s.nameOf(ctx, c.Status.GetId(), c.Status.GetLabels(), c.Status.GetMetadata())
-	// A checkpoint in flight freezes it, too.
-	if leave, err := s.claim(c.Status.GetId(), errInFlight); err != nil {
-		f.warn("container", err.Error(), "check it again when that has ended")
+	// A checkpoint in flight freezes it, too, and may have begun meanwhile: so it is asked after the look.
+	err = c.VerifyRunning()
+	s.mu.Lock()
+	reason := s.inFlight[c.Status.GetId()]
+	s.mu.Unlock()
+	switch {
+	case reason != nil:
+		f.warn("container", reason.Error(), "check it again when that has ended")
 		return
-	} else if err := c.VerifyRunning(); err != nil {
-		leave()
+	case err != nil:
 		f.fail("container", err.Error(), "")
 		return
-	} else {
-		leave()
 	}
 	job, err := newJob("/", features, c, "", archive.Origin{})
 	if err != nil {

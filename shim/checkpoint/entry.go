@@ -85,7 +85,7 @@ func (s *Service) locate(ctx context.Context, request *runtimeapi.CheckpointCont
 	return location, err
 }
 
-// defaultLocation is a path as the kubelet chooses it. Its directory is made as the kubelet makes it, 0700, where there is none.
+// defaultLocation is a path as the kubelet chooses it, with milliseconds, so that the two never choose the same. Its directory is made as the kubelet makes it, 0700, where there is none.
 func (s *Service) defaultLocation(ctx context.Context, id string) (string, error) {
 	answer, err := s.config().Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 	if status.Code(err) == codes.NotFound {
@@ -100,7 +100,7 @@ func (s *Service) defaultLocation(ctx context.Context, id string) (string, error
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return "", fmt.Errorf("%w: make the kubelet's directory for checkpoints: %w: say where the archive is to be (crishim checkpoint -o FILE)", errInvalid, err)
 	}
-	file := fmt.Sprintf("checkpoint-%s_%s-%s-%s.tar", name.pod, name.namespace, name.container, time.Now().Format(time.RFC3339))
+	file := fmt.Sprintf("checkpoint-%s_%s-%s-%s.tar", name.pod, name.namespace, name.container, time.Now().Format("2006-01-02T15:04:05.000Z07:00"))
 	return filepath.Join(dir, filepath.Base(file)), nil
 }
 

@@ -193,6 +193,7 @@ func TestARepairWaitsForTheHelper(t *testing.T) {
 	path := location(t)
 	state := keep(t, &crishimv1.Record{
 		BootId: bootID(t), HelperPid: int32(helper.Process.Pid), HelperStartTime: startTime(t, helper.Process.Pid), BeginNs: time.Now().UnixNano(),
+		Checkpoint: &crishimv1.Checkpoint{Id: "before", ContainerId: c.ID, Location: path},
 		Job: &crishimv1.Job{Location: path, Criu: "/usr/sbin/criu", Staging: archive.StagingName(), Container: &crishimv1.Container{Id: c.ID}},
 	})
 	service := checkpoint.New(checkpoint.Config{
@@ -216,6 +217,9 @@ func TestARepairWaitsForTheHelper(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the helper has ended, and the record is still there")
 		}
+	}
+	if c := service.History().Ended("before", ""); codes.Code(c.GetCode()) != codes.Aborted || !strings.HasPrefix(c.GetMessage(), "crishim died over it: ") || c.GetEnd() == nil {
+		t.Errorf("the history has %v of it, want Aborted", c)
 	}
 	service.Drain(context.Background())
 	again := checkpoint.New(checkpoint.Config{

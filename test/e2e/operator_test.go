@@ -252,12 +252,13 @@ func TestAnOperatorsCommands(t *testing.T) {
 			}
 		}
 		t.Log(stdout)
-		runPod(t, k, node.Pod{Name: "ring", Command: []string{"/bin/workload", "io-uring"}})
-		stdout, stderr, code := o.run("check", "default/"+k.PodName("ring"))
-		if code != 1 || !strings.Contains(stdout, "✗ io_uring") || !strings.Contains(stderr, "a checkpoint would fail") {
-			t.Errorf("of a container with io_uring: exit code %d with\n%s%s", code, stdout, stderr)
+		runPod(t, k, node.Pod{Name: "multipath", Command: []string{"/bin/workload", "limit", "mptcp"}})
+		node.WaitCount(t, 0, n.PodLogFile(k.PodName("multipath"), "multipath"))
+		stdout, stderr, code := o.run("check", "default/"+k.PodName("multipath"))
+		if code != 1 || !strings.Contains(stdout, "✗ MPTCP socket") || !strings.Contains(stderr, "a checkpoint would fail") {
+			t.Errorf("of a container with an MPTCP socket: exit code %d with\n%s%s", code, stdout, stderr)
 		}
-		if _, _, code := o.run("checkpoint", "default/"+k.PodName("ring")); code != 1 {
+		if _, _, code := o.run("checkpoint", "default/"+k.PodName("multipath")); code != 1 {
 			t.Errorf("it was checkpointed, or: exit code %d", code)
 		}
 		var answer map[string]any
