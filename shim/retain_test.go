@@ -130,7 +130,7 @@ func TestWhenArchivesAreRemoved(t *testing.T) {
 		expect("at a dry start", "retention would remove an archive, and does not", "checkpoint-0.tar", "checkpoint-1.tar", "checkpoint-2.tar")
 		rules := Retention{Directories: []string{listed}, Policy: retention.Policy{PerContainer: 2}}
 		r.changed(rules)
-		expect("with other rules", `why="there are 2 younger ones of its container, and 2 stay"`, "checkpoint-1.tar", "checkpoint-2.tar")
+		expect("with other rules", `why="of its container at most 2 stay, and 2 are younger"`, "checkpoint-1.tar", "checkpoint-2.tar")
 		publish(t, filepath.Join(listed, "checkpoint-3.tar"), "x", begin.Add(3*time.Minute))
 		r.written(filepath.Join(listed, "checkpoint-3.tar"))
 		expect("after a checkpoint", "container=x directory="+listed+" file=checkpoint-1.tar", "checkpoint-2.tar", "checkpoint-3.tar")

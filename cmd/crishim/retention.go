@@ -71,7 +71,7 @@ func printPlan(w io.Writer, rules shim.Retention, path string) error {
 			fate = "keep: somebody has it open, or that cannot be known here"
 		}
 		fmt.Fprintf(table, "  %s\t%s\t%s\t%s old\t%s\n", needs.Plain(a.Name), needs.Plain(a.Container), humanize.IBytes(uint64(a.Size)),
-			time.Since(a.Made).Round(time.Second), fate)
+			time.Since(a.Made).Round(time.Minute), fate)
 	}
 	for _, f := range plan.Foreign {
 		fmt.Fprintf(table, "  %s\t\t\t\tpassed over: %s\n", needs.Plain(f.Name), needs.Plain(f.Reason.Error()))

@@ -67,7 +67,7 @@ func (p Policy) Plan(archives []Archive, fileSystem int64, now time.Time) []Remo
 			if count[container]--; count[container] < p.PerContainer {
 				return ""
 			}
-			return fmt.Sprintf("there are %d younger ones of its container, and %d stay", count[container], p.PerContainer)
+			return fmt.Sprintf("of its container at most %d stay, and %d are younger", p.PerContainer, count[container])
 		})
 	}
 	if limit := p.limit(fileSystem); limit > 0 {

@@ -38,7 +38,7 @@ func TestPlan(t *testing.T) {
 	}{
 		"no bounds":                    {Policy{}, "a:x:9:9 b:x:8:9", "", ""},
 		"nothing there":                {Policy{PerContainer: 1, Bytes: 1, Age: 1}, "", "", ""},
-		"too many, oldest first":       {Policy{PerContainer: 2}, "d:x:1:1 a:x:4:1 c:x:2:1 b:x:3:1", "a b", "there are 3 younger ones of its container, and 2 stay"},
+		"too many, oldest first":       {Policy{PerContainer: 2}, "d:x:1:1 a:x:4:1 c:x:2:1 b:x:3:1", "a b", "of its container at most 2 stay, and 3 are younger"},
 		"as many as may":               {Policy{PerContainer: 2}, "a:x:4:1 b:x:3:1", "", ""},
 		"each container for itself":    {Policy{PerContainer: 1}, "a:x:4:1 b:y:3:1 c:x:2:1 d:y:1:1", "a b", ""},
 		"pinned ones do not count":     {Policy{PerContainer: 1}, "a:x:4:1p b:x:3:1p c:x:2:1", "", ""},

@@ -49,6 +49,7 @@ func TestServices(t *testing.T) {
 		test func(*testing.T, *node.Node)
 	}{
 		{"the socket starts the service", startBySocket},
+		{"a reload takes the configuration over", reload},
 		{"the kubelet's checkpoint is restored", checkpointAndRestore},
 		{"a restart in mid-dump rolls it back", func(t *testing.T, n *node.Node) { restart(t, n, true) }},
 		{"a restart in mid-dump waits for it", func(t *testing.T, n *node.Node) { restart(t, n, false) }},
@@ -87,6 +88,35 @@ func startBySocket(t *testing.T, n *node.Node) {
 	}
 	systemctl(t, "enable", "crishim.service")
 	systemctl(t, "is-enabled", "crishim.service", "crishim.socket")
+}
+
+// reload has systemd tell crishim of a drop-in, then of a wrong one, and of none.
+func reload(t *testing.T, _ *node.Node) {
+	pid := property(t, "crishim.service", "MainPID")
+	dropIn := "/etc/crishim/config.d/50-test.toml"
+	if err := os.MkdirAll(filepath.Dir(dropIn), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(dropIn)
+	for _, step := range []struct{ content, want string }{
+		{"log_level = \"debug\"\n", "taken over; changed: log_level"},
+		{"log_levl = \"debug\"\n", "the configuration is wrong, and stays as it was: " + dropIn + ":1: there is no key log_levl"},
+		{"listen = \"/run/elsewhere\"\n", "a restart of crishim is needed for what has changed of listen"},
+		{"", "nothing has changed"},
+	} {
+		if err := os.WriteFile(dropIn, []byte(step.content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		since := strings.TrimSpace(output(t, "date", "+@%s"))
+		systemctl(t, "reload", "crishim.service")
+		wait(t, "the log to have "+step.want, func() bool {
+			return strings.Contains(output(t, "journalctl", "--no-pager", "--output=cat", "--since="+since, "-u", "crishim.service"), step.want)
+		})
+		wait(t, "crishim.service to be active again", func() bool { return property(t, "crishim.service", "ActiveState") == "active" })
+	}
+	if now := property(t, "crishim.service", "MainPID"); now != pid {
+		t.Errorf("crishim was process %s, and is %s after being reloaded", pid, now)
+	}
 }
 
 // checkpointAndRestore starts the kubelet with the shipped drop-in, and has it make a checkpoint that is restored beside the original.
