@@ -163,7 +163,10 @@ func TestADirectoryOfOthers(t *testing.T) {
 // Real checkpoints, by the daemon: when the second one has been answered, the first goes.
 func TestRetentionOfCheckpoints(t *testing.T) {
 	containerd := node.Containerd(t)
-	c := containerd.Run(t, node.Spec{})
+	c := containerd.Run(t, node.Spec{Container: func(c *runtimeapi.ContainerConfig) {
+		// As a kubelet does.
+		c.Labels = map[string]string{"io.kubernetes.pod.namespace": "shop", "io.kubernetes.pod.name": "web-0", "io.kubernetes.container.name": "nginx"}
+	}})
 	node.WaitCount(t, 0, c.Log)
 	dir, err := os.MkdirTemp("/data", "retention-")
 	if err != nil {
@@ -171,10 +174,8 @@ func TestRetentionOfCheckpoints(t *testing.T) {
 	}
 	defer os.RemoveAll(dir)
 	socket := filepath.Join(t.TempDir(), "crishim.sock")
-	defer start(t, Config{
-		Listen: socket, RuntimeEndpoint: node.ContainerdSocket, Criu: "criu",
-		Retention: Retention{Directories: []string{dir}, Policy: retention.Policy{PerContainer: 1}},
-	})()
+	rules := Retention{Directories: []string{dir}, Policy: retention.Policy{PerContainer: 1}}
+	defer start(t, Config{Listen: socket, RuntimeEndpoint: node.ContainerdSocket, Criu: "criu", Retention: rules})()
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
@@ -190,5 +191,13 @@ func TestRetentionOfCheckpoints(t *testing.T) {
 				t.Fatalf("there are %q", files(t, dir))
 			}
 		}
+	}
+	plan, err := rules.Plan(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plan.Close()
+	if len(plan.Archives) != 1 || plan.Archives[0].Container != "shop/web-0/nginx" || time.Since(plan.Archives[0].Made) > time.Hour {
+		t.Errorf("it is %+v", plan.Archives)
 	}
 }

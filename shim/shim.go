@@ -121,7 +121,7 @@ func Run(ctx context.Context, config Config) error {
 	prepared := make(chan struct{})
 	go func() {
 		defer close(prepared)
-		prepare(ctx, checkpoints, config.Log)
+		prepare(ctx, checkpoints, config.Mode, config.Log)
 	}()
 	retained := make(chan struct{})
 	go func() {
@@ -252,9 +252,12 @@ func serveAdmin(ctx context.Context, endpoint string, checkpoints *checkpoint.Se
 
 // prepare has put right what a crishim that died has left, and says at start what an operator would otherwise learn at the first
 // checkpoint. Relaying does not wait for any of it.
-func prepare(ctx context.Context, checkpoints *checkpoint.Service, log logrus.FieldLogger) {
+func prepare(ctx context.Context, checkpoints *checkpoint.Service, mode Mode, log logrus.FieldLogger) {
 	if err := checkpoints.Repair(); err != nil && ctx.Err() == nil {
 		log.Warnf("no checkpoints until this is mended, everything else works: %v", err)
+	}
+	if mode == Never {
+		return
 	}
 	features, err := checkpoints.Probe(ctx)
 	switch {

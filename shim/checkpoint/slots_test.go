@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 )
@@ -60,30 +59,33 @@ func TestSlots(t *testing.T) {
 }
 
 // Whoever gives up in the moment in which a slot comes, passes it on.
-func TestSlotsAreNotLost(t *testing.T) {
-	var s slots
-	s.resize(2)
-	var atWork, most atomic.Int32
-	var all sync.WaitGroup
-	for i := range 200 {
-		all.Go(func() {
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			if i%2 == 0 {
-				go cancel()
-			}
-			if s.take(ctx) != nil {
-				return
-			}
-			if n := atWork.Add(1); n > most.Load() {
-				most.Store(n)
-			}
-			atWork.Add(-1)
-			s.give()
-		})
-	}
-	all.Wait()
-	if most.Load() > 2 || s.taken != 0 || len(s.waiting) != 0 {
-		t.Errorf("%d were at work, %d slots are taken, %d wait", most.Load(), s.taken, len(s.waiting))
-	}
+func TestASlotThatComesTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s slots
+		s.resize(1)
+		if err := s.take(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		first, second := make(chan error, 1), make(chan error, 1)
+		go func() { first <- s.take(ctx) }()
+		synctest.Wait()
+		go func() { second <- s.take(t.Context()) }()
+		synctest.Wait()
+		s.mu.Lock()
+		cancel()  // from here on the first one gives up
+		s.taken-- // as give does it
+		s.pass()
+		s.mu.Unlock()
+		if err := <-first; err == nil {
+			t.Error("the first one has got it all the same")
+		}
+		if err := <-second; err != nil {
+			t.Error(err)
+		}
+		s.give()
+		if s.taken != 0 || len(s.waiting) != 0 {
+			t.Errorf("%d slots are taken, %d wait", s.taken, len(s.waiting))
+		}
+	})
 }
