@@ -23,7 +23,7 @@ func TestHelpNamesWhatIsThere(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{"--help"}, []string{"serve", "version", "every call goes through to the runtime untouched"}},
+		{[]string{"--help"}, []string{"serve", "version", "inspect", "diff", "every call goes through to the runtime untouched"}},
 		{[]string{"serve", "--help"}, []string{"--config", "--listen", "--runtime-endpoint", "--criu", "--state-dir", "--log-level",
 			"unix:///run/crishim/crishim.sock", "unix:///run/containerd/containerd.sock", "--container-runtime-endpoint"}},
 	} {
