@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"unicode"
 
@@ -297,9 +298,13 @@ func (v *verifier) end(members int64) {
 		v.problem("it ends without the two blocks of zeros that end a tar archive: it is cut off")
 		return
 	}
-	at := v.consumed()
-	for input := bufio.NewReader(v.input); ; at++ {
-		rest, err := input.Peek(1)
+	for buffer := make([]byte, 64<<10); ; {
+		at := v.consumed()
+		n, err := v.input.Read(buffer)
+		if i := slices.IndexFunc(buffer[:n], func(b byte) bool { return b != 0 }); i >= 0 {
+			v.problem("there is something behind the archive's end, at byte %d", at+int64(i))
+			return
+		}
 		if err == io.EOF {
 			return
 		}
@@ -307,11 +312,6 @@ func (v *verifier) end(members int64) {
 			v.broken(err)
 			return
 		}
-		if rest[0] != 0 {
-			v.problem("there is something behind the archive's end, at byte %d", at)
-			return
-		}
-		_, _ = input.Discard(1)
 	}
 }
 

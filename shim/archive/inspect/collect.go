@@ -32,7 +32,7 @@ var errTooMuch = errors.New("there are more processes, mappings and files than m
 // collector gathers what the images say, whatever the order in which they come. Its look is for archive.Open.
 type collector struct {
 	needs   needs.Images
-	left    int64 // of maxKept
+	left    int64 // bytes that may still be kept
 	hasTree bool
 	tree    []*pstree.PstreeEntry
 	cores   map[uint32]core         // by number of process or thread
@@ -59,9 +59,9 @@ type core struct {
 
 type descriptor struct{ fd, file uint32 }
 
-func newCollector() *collector {
+func newCollector(kept int64) *collector {
 	return &collector{
-		left: maxKept, cores: map[uint32]core{}, spaces: map[uint32]*space{}, shared: map[uint64]*stored{}, works: map[uint32]uint32{},
+		left: kept, cores: map[uint32]core{}, spaces: map[uint32]*space{}, shared: map[uint64]*stored{}, works: map[uint32]uint32{},
 		tables: map[uint32]uint32{}, table: map[uint32][]descriptor{}, files: map[uint32]file{}, memfds: map[uint32]string{}, pages: map[uint32]int64{},
 	}
 }

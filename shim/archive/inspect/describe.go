@@ -27,11 +27,13 @@ func (c *collector) describe(a *archive.Archive) (*Description, error) {
 	if d.Mounts == nil {
 		d.Mounts = []Mount{}
 	}
+	sources := map[string]string{}
 	for _, m := range a.Spec.Mounts {
-		for i := range d.Mounts {
-			if d.Mounts[i].External && d.Mounts[i].Destination == m.Destination {
-				d.Mounts[i].Source = m.Source // CRIU has the path inside of the file system that it is on
-			}
+		sources[m.Destination] = text(m.Source)
+	}
+	for i, m := range d.Mounts {
+		if m.External {
+			d.Mounts[i].Source = cmp.Or(sources[m.Destination], m.Source) // CRIU has the path inside of the file system that it is on
 		}
 	}
 	slices.SortStableFunc(d.Mounts, func(a, b Mount) int { return strings.Compare(a.Destination, b.Destination) })

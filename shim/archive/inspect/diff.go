@@ -94,7 +94,7 @@ type side struct {
 func Compare(ctx context.Context, fileA, fileB *os.File) (*Difference, error) {
 	var sides [2]side
 	for i, file := range []*os.File{fileA, fileB} {
-		description, opened, err := read(ctx, file)
+		description, opened, err := read(ctx, file, maxKept)
 		if err != nil {
 			return nil, err
 		}
@@ -145,6 +145,10 @@ func (d *Difference) content(a, b side, both [][2]Process) error {
 			return fmt.Errorf("memory of process %d: %w", p[0].PID, err)
 		}
 	}
+	names := map[uint32]string{}
+	for _, p := range slices.Concat(a.Processes, b.Processes) {
+		names[p.PID] = p.Name // B's, where both have it
+	}
 	added, removed, shared := compareLists(a.Shared, b.Shared, SharedMemory.key)
 	for _, s := range added {
 		shared = append(shared, [2]SharedMemory{{}, s})
@@ -153,14 +157,14 @@ func (d *Difference) content(a, b side, both [][2]Process) error {
 		shared = append(shared, [2]SharedMemory{s, {}})
 	}
 	for _, s := range shared {
-		known, from := s[1], b
-		if len(known.Mappers) == 0 && known.ID == 0 {
-			known, from = s[0], a
+		known := s[1]
+		if known.Archived == 0 {
+			known = s[0]
 		}
 		change := MemoryChange{Shared: true, Address: known.Address}
 		if len(known.Mappers) > 0 {
 			change.PID = known.Mappers[0]
-			change.Name = from.processName(change.PID)
+			change.Name = names[change.PID]
 		}
 		err := d.memory(a, b, fmt.Sprintf("pagemap-shmem-%d.img", s[0].ID), fmt.Sprintf("pagemap-shmem-%d.img", s[1].ID), s[0].PageSize, s[1].PageSize, change)
 		if err != nil {
@@ -214,15 +218,6 @@ func (d *Difference) memory(a, b side, nameA, nameB string, pageA, pageB int64, 
 func (s side) side() Side {
 	c := s.Description.Container
 	return Side{Container: c.ID, Name: c.Name, Image: c.Image, Checkpointed: c.Checkpointed}
-}
-
-func (s side) processName(pid uint32) string {
-	for _, p := range s.Processes {
-		if p.PID == pid {
-			return p.Name
-		}
-	}
-	return ""
 }
 
 func processNames(processes []Process) []ProcessName {

@@ -120,7 +120,7 @@ func TestTreesAreCompared(t *testing.T) {
 
 // Memory of any size is compared in little.
 func TestCompareDoesNotFillMemory(t *testing.T) {
-	const pages = 1 << 14 // 64 MiB
+	const pages = 1 << 12 // 16 MiB
 	var files [2]*os.File
 	for i := range files {
 		m := members(t)
@@ -134,7 +134,7 @@ func TestCompareDoesNotFillMemory(t *testing.T) {
 	d, err := Compare(t.Context(), files[0], files[1])
 	runtime.ReadMemStats(&after)
 	must(t, err)
-	if took := after.TotalAlloc - before.TotalAlloc; took > 16<<20 || !d.Same() {
+	if took := after.TotalAlloc - before.TotalAlloc; took > 8<<20 || !d.Same() {
 		t.Errorf("it took %d bytes of memory: %+v", took, d.Memory)
 	}
 }

@@ -163,12 +163,13 @@ type Log struct {
 
 // Read describes the archive in a file, which is compressed or not.
 func Read(ctx context.Context, file *os.File) (*Description, error) {
-	d, _, err := read(ctx, file)
+	d, _, err := read(ctx, file, maxKept)
 	return d, err
 }
 
-func read(ctx context.Context, file *os.File) (*Description, *archive.Archive, error) {
-	c := newCollector()
+// read describes an archive of which kept bytes are kept at most.
+func read(ctx context.Context, file *os.File, kept int64) (*Description, *archive.Archive, error) {
+	c := newCollector(kept)
 	a, err := archive.Open(ctx, file, c.look)
 	if err == nil && !c.hasTree {
 		err = fmt.Errorf("it has no %s/pstree.img: it is no checkpoint of a container", archive.ImagesDir)
