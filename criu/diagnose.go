@@ -28,7 +28,7 @@ type Error struct {
 	// Log is the end of CRIU's log, at most 20 lines, verbatim. It is empty where the dump was not begun.
 	Log []string
 
-	err error // errConnectedTCP
+	err error // errConnectedTCP, or an error of the disk that is no Limit
 }
 
 // Kind says what becomes of another try.
@@ -61,16 +61,28 @@ var errConnectedTCP = errors.New("connected TCP socket")
 
 // diagnose turns go-criu's error, which is often empty or names the first line that looks like an error, into the cause.
 func (d Dump) diagnose(err error) error {
+	var result *Error
+	at := place{fd: -1}
 	file, openErr := os.Open(filepath.Join(descriptorPath(d.Work), LogFile))
-	if openErr != nil {
-		return &Error{Cause: fmt.Sprintf("%v; there is no log of it (%v)", err, openErr)}
+	if openErr == nil {
+		defer file.Close()
+		result, at = diagnoseLog(file, err)
+	} else {
+		result = &Error{Cause: fmt.Sprintf("%v; there is no log of it (%v)", err, openErr)}
 	}
-	defer file.Close()
-	result, at := diagnoseLog(file, err)
-	if result.Limit == nil && full(d.Work) {
+	if result.Limit == nil {
 		// The log lies on the same disk, and may end before its own word on that.
-		result.Cause += ": No space left on device"
-		result.Limit = limit("full disk")
+		switch errno := tryToWrite(d.Work); errno {
+		case nil:
+		case unix.ENOSPC:
+			result.Cause += ": No space left on device"
+			result.Limit = limit("full disk")
+		case unix.EDQUOT:
+			result.Cause += ": Disk quota exceeded"
+			result.Limit = limit("full disk")
+		default:
+			result.Cause, result.err = fmt.Sprintf("its images and its log cannot be written: %v", errno), errno
+		}
 	}
 	if l := result.Limit; l != nil && l.descriptor != nil && at.fd < 0 && !d.Container.findDescriptor(&at, l.descriptor) {
 		result.Limit = nil
@@ -82,14 +94,26 @@ func (d Dump) diagnose(err error) error {
 	return result
 }
 
-// full says whether the file system has hardly a block or no inode left.
-func full(dir *os.File) bool {
-	const hardly = 64 << 10 // bytes: criu writes its log and images in pieces of up to that
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(dir.Fd()), &fs); err != nil {
-		return false
+// tryToWrite writes as much to the file system of dir as criu does at once to its log and images, and says what comes of it: nil, or an error
+// of the kernel's. Nothing of it stays.
+func tryToWrite(dir *os.File) error {
+	const name = ".try"
+	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return err
 	}
-	return fs.Bavail*uint64(fs.Bsize) < hardly || fs.Files > 0 && fs.Ffree == 0
+	defer unix.Close(fd)
+	if err := unix.Unlinkat(int(dir.Fd()), name, 0); err != nil {
+		return err
+	}
+	for left := make([]byte, 64<<10); len(left) > 0; {
+		n, err := unix.Write(fd, left)
+		if err != nil {
+			return err
+		}
+		left = left[n:]
+	}
+	return nil
 }
 
 // diagnoseLog finds the cause in CRIU's log, and where it was met. The container has a say in what stands there: it names its

@@ -123,9 +123,12 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 	}.Run(dumping)
 	frozen.end()
 	if err != nil {
+		if criuErr := (*criu.Error)(nil); errors.As(err, &criuErr) {
+			err = staging.Explain(err)
+		}
 		err = frozen.explain(err, staging.Used(), need.bytes())
 		if logErr := copyLines(filepath.Join(staging.Dir().Name(), criu.LogFile), log); logErr != nil {
-			err = errors.Join(err, fmt.Errorf("read criu's log: %w", logErr))
+			fmt.Fprintf(os.Stderr, "crishim %s: read criu's log: %v\n", HelperCommand, logErr)
 		}
 		return nil, capture.explain(err)
 	}
