@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -82,6 +83,10 @@ func Describe(ctx context.Context, runtime runtimeapi.RuntimeServiceClient, id s
 		return nil, fmt.Errorf("ask runtime for container %q: %w", id, err)
 	}
 	c := &Container{Status: response.GetStatus()}
+	// Whatever the runtime says: no other container is stopped, and no other path looked at.
+	if is := c.Status.GetId(); !strings.HasPrefix(is, id) || strings.Contains(is, "/") {
+		return nil, fmt.Errorf("the runtime was asked for container %q and answers of %q: restart it, and see what stands between it and crishim", id, is)
+	}
 	if state := c.Status.GetState(); state != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return nil, notRunning(c.Status)
 	}
