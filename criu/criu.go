@@ -214,8 +214,12 @@ func (d Dump) repair(ctx context.Context, killed syscall.Signal, begin time.Time
 	if err != nil {
 		return fmt.Errorf("criu was killed in mid-dump (%s): %s%w: %w", killed, repaired, ErrLeft, err)
 	}
-	return fmt.Errorf("criu was killed in mid-dump (%s), maybe for want of memory (look into the kernel's log): %sthe container was let go, "+
-		"but may have been changed by criu: restart it if it misbehaves", killed, repaired)
+	why := "which is an error of its own: crishim's log has criu's, at level debug"
+	if killed == unix.SIGKILL {
+		why = "maybe for want of memory (look into the kernel's log)"
+	}
+	return fmt.Errorf("criu was killed in mid-dump (%s), %s: %sthe container was let go, "+
+		"but may have been changed by criu: restart it if it misbehaves", killed, why, repaired)
 }
 
 // ErrLeft says that a criu has left something which could not be put right. The error around it says what.

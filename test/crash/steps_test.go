@@ -128,6 +128,39 @@ func (b *bed) killAt(c subject, step node.Step, v victims) {
 	}
 }
 
+// criu may crash by itself.
+func TestACRIUThatCrashes(t *testing.T) {
+	b := newBed(t, "failpoint")
+	c := b.run(64)
+	for _, step := range steps {
+		if !step.criu {
+			continue
+		}
+		if !b.part(t, step.name, func() {
+			ended, letGo := b.hold(c, step)
+			_, criu := b.processes()
+			for _, pid := range criu {
+				if err := unix.Kill(pid, unix.SIGSEGV); err != nil {
+					b.t.Fatal(err)
+				}
+			}
+			since := time.Now()
+			letGo()
+			err := <-ended
+			if text := fmt.Sprint(err); status.Code(err) != codes.Internal || !strings.Contains(text, "criu was killed in mid-dump (segmentation fault), which is an error of its own") ||
+				!strings.Contains(text, "unlocked its network") || !strings.Contains(text, "may have been changed by criu") {
+				b.t.Errorf("the answer is %v, want Internal, what was done and what may have happened", err)
+			}
+			b.settled(c, since, true)
+			if b.takeArchive() {
+				b.t.Error("there is an archive")
+			}
+		}) {
+			return
+		}
+	}
+}
+
 // A repair may be killed as well, over and over: the next start does what is left to do.
 func TestKillsDuringARepair(t *testing.T) {
 	b := newBed(t, "failpoint")
