@@ -65,6 +65,8 @@ type bed struct {
 	binary string
 	client *node.Client
 	direct *node.Client // of containerd
+	// call is the context of the checkpoints that are made next; nil for the test's.
+	call context.Context
 }
 
 func newBed(t *testing.T, tags ...string) *bed {
@@ -93,10 +95,13 @@ type subject struct {
 	pid, pod int // of its own first process and of its pod's, in the node
 }
 
-// run starts a container with everything. Not through crishim, which is away at times.
-func (b *bed) run(mib int) subject {
+// run starts a container with everything.
+func (b *bed) run(mib int) subject { return b.runCommand(withEverything(mib)) }
+
+// runCommand starts a container with a workload. Not through crishim, which is away at times.
+func (b *bed) runCommand(command []string) subject {
 	b.t.Helper()
-	c, err := b.direct.RunContainer(b.t.Context(), node.Spec{Command: withEverything(mib)})
+	c, err := b.direct.RunContainer(b.t.Context(), node.Spec{Command: command})
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -121,7 +126,11 @@ func (b *bed) run(mib int) subject {
 func (b *bed) checkpoint(c subject) (ended <-chan error) {
 	result := make(chan error, 1)
 	go func() {
-		ctx, cancel := context.WithTimeout(b.t.Context(), time.Minute)
+		ctx := b.call
+		if ctx == nil {
+			ctx = b.t.Context()
+		}
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
 		defer cancel()
 		_, err := b.client.Runtime.CheckpointContainer(ctx, &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: location})
 		result <- err
