@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
@@ -56,34 +55,29 @@ func twice(t *testing.T, crishim runtimeapi.RuntimeServiceClient, id string, cha
 	return files[0], files[1]
 }
 
-func waitFor(t *testing.T, c *node.Container, what string) {
+func waitLog(t *testing.T, c *node.Container, what string) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	waitFor(t, fmt.Sprintf("it to say %q", what), func() bool {
 		log, err := c.Log()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if strings.Contains(log, what) {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("it has not said %q for a minute, but %q", what, log)
-		}
-	}
+		return strings.Contains(log, what)
+	})
 }
 
 // What a container does between two checkpoints is what is different between them.
 func TestDiffTellsWhatAContainerDid(t *testing.T) {
 	containerd, crishim := serve(t)
 	c := containerd.Run(t, node.Spec{Name: "web", Command: []string{"/bin/sh", "-c", commander}})
-	waitFor(t, c, "ready")
+	waitLog(t, c, "ready")
 	before, after := twice(t, crishim, c.ID, func() {
 		commands := `kill %2; sleep 1002 & exec 4>&-; exec 5</root/kept; ` +
 			`echo more >>/root/changed; rm /root/kept /bin/df /dev/shm/shared; echo new >/root/new; nc -l -p 8081 </dev/null &`
 		if _, err := c.Exec(t.Context(), "/bin/sh", "-c", "echo '"+commands+"' >/var/commands"); err != nil {
 			t.Fatal(err)
 		}
-		waitFor(t, c, "did it")
+		waitLog(t, c, "did it")
 	})
 	if *examples {
 		for _, file := range []*os.File{before, after} {
@@ -146,7 +140,7 @@ func TestDiffCountsThePagesThatChanged(t *testing.T) {
 	const changed = 37
 	containerd, crishim := serve(t)
 	c := containerd.Run(t, node.Spec{Command: []string{"workload", "load", "8", "1"}})
-	waitFor(t, c, "ready")
+	waitLog(t, c, "ready")
 	pid, err := c.Pid(t.Context())
 	if err != nil {
 		t.Fatal(err)

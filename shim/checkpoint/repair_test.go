@@ -194,7 +194,7 @@ func TestARepairWaitsForTheHelper(t *testing.T) {
 	state := keep(t, &crishimv1.Record{
 		BootId: bootID(t), HelperPid: int32(helper.Process.Pid), HelperStartTime: startTime(t, helper.Process.Pid), BeginNs: time.Now().UnixNano(),
 		Checkpoint: &crishimv1.Checkpoint{Id: "before", ContainerId: c.ID, Location: path},
-		Job: &crishimv1.Job{Location: path, Criu: "/usr/sbin/criu", Staging: archive.StagingName(), Container: &crishimv1.Container{Id: c.ID}},
+		Job:        &crishimv1.Job{Location: path, Criu: "/usr/sbin/criu", Staging: archive.StagingName(), Container: &crishimv1.Container{Id: c.ID}},
 	})
 	service := checkpoint.New(checkpoint.Config{
 		Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", State: state, Log: testLog(t),

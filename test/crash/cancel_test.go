@@ -10,6 +10,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"crishim/test/node"
 )
 
 // promised is how soon after the end of its call a container that is checkpointed runs again.
@@ -19,19 +21,19 @@ const promised = time.Second
 func TestACallThatEndsAtEachStep(t *testing.T) {
 	b := newBed(t, "failpoint")
 	c := b.run(64)
-	for _, step := range steps {
-		after := step.after
-		switch step.name {
+	for _, step := range node.Steps() {
+		after := step.After
+		switch step.Name {
 		case "job sent", "dumped":
-			after = nothing // the helper lives, and hears of it
+			after = node.Nothing // the helper lives, and hears of it
 		}
-		if !b.part(t, step.name, func() { b.cancelAt(c, step, after) }) {
+		if !b.part(t, step.Name, func() { b.cancelAt(c, step, after) }) {
 			return
 		}
 	}
 }
 
-func (b *bed) cancelAt(c subject, step step, after outcome) {
+func (b *bed) cancelAt(c subject, step node.Step, after node.Outcome) {
 	b.t.Helper()
 	ctx, cancel := context.WithCancel(b.t.Context())
 	defer cancel()
@@ -43,7 +45,7 @@ func (b *bed) cancelAt(c subject, step step, after outcome) {
 	if err := <-ended; status.Code(err) != codes.Canceled { // by its client, whatever crishim says
 		b.t.Errorf("the call ended with %v, want Canceled", err)
 	}
-	if step.name == midDump {
+	if step.Name == node.MidDump {
 		b.rolledBack()
 	}
 	since := time.Now()
@@ -56,7 +58,7 @@ func (b *bed) cancelAt(c subject, step step, after outcome) {
 	}
 	b.settled(c, since, true)
 	there := b.takeArchive()
-	if after == nothing && there || after == whole && !there {
+	if after == node.Nothing && there || after == node.Whole && !there {
 		b.t.Errorf("is there an archive? %t", there)
 	}
 	said := b.Logs()[logged:]

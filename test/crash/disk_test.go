@@ -10,6 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"crishim/test/node"
 )
 
 // disk is a file system of its own below the location.
@@ -81,15 +83,15 @@ func TestADiskThatFails(t *testing.T) {
 	b := newBed(t, "failpoint")
 	c := b.run(64)
 	for _, disk := range disks {
-		for _, step := range []step{{name: midDump, criu: true}, {name: "memory written", criu: true}, {name: "dumped"}, {name: "archive synced"}} {
-			if !b.part(t, disk.name+": "+step.name, func() { b.failAt(c, step, disk) }) {
+		for _, step := range []node.Step{{Name: node.MidDump, Criu: true}, {Name: "memory written", Criu: true}, {Name: "dumped"}, {Name: "archive synced"}} {
+			if !b.part(t, disk.name+": "+step.Name, func() { b.failAt(c, step, disk) }) {
 				return
 			}
 		}
 	}
 }
 
-func (b *bed) failAt(c subject, step step, disk disk) {
+func (b *bed) failAt(c subject, step node.Step, disk disk) {
 	b.t.Helper()
 	b.sh(disk.make + "; chmod 0700 $dir")
 	defer func() { b.sh("umount $dir; if mountpoint -q /mnt; then umount /mnt; fi") }()
@@ -107,7 +109,7 @@ func (b *bed) failAt(c subject, step step, disk disk) {
 	} else if !strings.Contains(strings.ToLower(err.Error()), disk.words) || status.Code(err) != disk.code {
 		b.t.Errorf("the answer is %v, want %s with %q", err, disk.code, disk.words)
 	}
-	if err == nil && (disk.mount != "" || step.criu) {
+	if err == nil && (disk.mount != "" || step.Criu) {
 		b.t.Error("nothing has failed")
 	}
 	if complaint := b.Harm(b.t, nowhere); complaint != "" {

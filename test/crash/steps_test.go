@@ -132,13 +132,13 @@ func (b *bed) killAt(c subject, step node.Step, v victims) {
 func TestACRIUThatCrashes(t *testing.T) {
 	b := newBed(t, "failpoint")
 	c := b.run(64)
-	for _, step := range steps {
-		if !step.criu {
+	for _, step := range node.Steps() {
+		if !step.Criu {
 			continue
 		}
-		if !b.part(t, step.name, func() {
+		if !b.part(t, step.Name, func() {
 			ended, letGo := b.hold(c, step)
-			_, criu := b.processes()
+			_, criu := b.CheckpointProcesses(b.t)
 			for _, pid := range criu {
 				if err := unix.Kill(pid, unix.SIGSEGV); err != nil {
 					b.t.Fatal(err)
