@@ -38,7 +38,7 @@ func (c Container) Obstacles(ctx context.Context) ([]*Error, error) {
 		if err != nil {
 			continue // it has ended
 		}
-		for _, look := range []func(int) *Error{c.task, c.namespaces, c.resources, c.sysvMemory, c.descriptors} {
+		for _, look := range []func(int) *Error{func(pid int) *Error { return c.task(ctx, pid) }, c.namespaces, c.resources, c.sysvMemory, c.descriptors} {
 			if e := look(pid); e != nil {
 				if e.Place == "" {
 					e.Place = s.String()
@@ -76,7 +76,7 @@ func (c Container) Connected(ctx context.Context, criu string) (connected, locka
 }
 
 // task finds a thread that another process traces, or that sleeps and cannot be woken. To see that it goes on, it is looked at for a while.
-func (c Container) task(pid int) *Error {
+func (c Container) task(ctx context.Context, pid int) *Error {
 	const patience = 500 * time.Millisecond
 	paths, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid)) // the pattern is well-formed
 	for _, path := range paths {
@@ -89,7 +89,11 @@ func (c Container) task(pid int) *Error {
 		}
 		stuck := s.state == "D"
 		for start := time.Now(); stuck && time.Since(start) < patience; {
-			time.Sleep(patience / 10)
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(patience / 10):
+			}
 			now, err := readStatus(path)
 			stuck = err == nil && now == s
 		}
@@ -159,8 +163,9 @@ func (c Container) descriptors(pid int) *Error {
 		if err != nil {
 			continue
 		}
-		var st unix.Stat_t
-		if unix.Stat(path, &st) != nil {
+		// What is known of it already: a file server that is gone must not hold this up.
+		var st unix.Statx_t
+		if unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, unix.STATX_BASIC_STATS, &st) != nil {
 			continue
 		}
 		if name, cause := unknown(path, link, &st); name != "" {
@@ -171,7 +176,7 @@ func (c Container) descriptors(pid int) *Error {
 }
 
 // unknown names the limit that a descriptor is about, and why; nothing where CRIU may know it.
-func unknown(path, link string, st *unix.Stat_t) (limit, cause string) {
+func unknown(path, link string, st *unix.Statx_t) (limit, cause string) {
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFSOCK:
 		buf := make([]byte, 64)
@@ -189,7 +194,7 @@ func unknown(path, link string, st *unix.Stat_t) (limit, cause string) {
 	case unix.S_IFBLK:
 		return deviceName, "it is a block device"
 	case unix.S_IFCHR:
-		switch major, minor := unix.Major(st.Rdev), unix.Minor(st.Rdev); {
+		switch major, minor := st.Rdev_major, st.Rdev_minor; {
 		case major == 1, major == 4, major == 5, major >= 128 && major <= 143: // memory, such as /dev/null, and terminals
 		case major == 10 && (minor == 200 || minor == 235): // net/tun and autofs
 		default: // see dump_chrdev in CRIU's files.c

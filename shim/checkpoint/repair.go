@@ -66,13 +66,13 @@ func (s *Service) repair(record *crishimv1.Record) {
 	failpoint.Hit("repair begun")
 	done, err := repair(s.closing, record, log)
 	failpoint.Hit("repair done")
-	s.remember(record, done)
 	if err != nil {
 		log.Errorf("a checkpoint was in flight when crishim died: %s; %v: %v (its record is %s; remove it where this is no longer of interest)",
 			done, errLeft, err, s.journal.path(record))
 		return
 	}
 	log.Warnf("a checkpoint was in flight when crishim died: %s; nothing partial of it is left", done)
+	s.remember(record, done)
 	s.journal.end(record, false)
 }
 
@@ -80,8 +80,8 @@ func (s *Service) repair(record *crishimv1.Record) {
 // knows for certain: it is not for Delete.
 func (s *Service) remember(record *crishimv1.Record, done string) {
 	c := record.GetCheckpoint()
-	if c.GetId() == "" || s.closing.Err() != nil {
-		return // of an earlier version; or the next start remembers it
+	if c.GetId() == "" {
+		return // of an earlier version
 	}
 	c.Code, c.Message, c.End = int32(codes.Aborted), "crishim died over it: "+oneLine(done, maxMessage), timestamppb.Now()
 	if info, err := os.Lstat(c.GetLocation()); err == nil {

@@ -176,8 +176,8 @@ func members(t testing.TB) map[string]string {
 		"checkpoint/files.img":    imageOf(t, "FILES", files...),
 		"checkpoint/mm-1.img": imageOf(t, "MM", &mm.MmEntry{ExeFileId: proto.Uint32(1), Vmas: []*vma.VmaEntry{
 			mapping(0x1000, 0x4000, filePrivate, 0), mapping(0x4000, 0x8000, 1<<9, 0), mapping(0x9000, 0xb000, anonShared, 33)}}),
-		// The first run is of both mappings.
-		"checkpoint/pagemap-1.img":        extents(t, 1, 0x2000, 3, 0x6000, 1),
+		// The second run is of both mappings.
+		"checkpoint/pagemap-1.img":        extents(t, 1, 0x1000, 1, 0x3000, 3),
 		"checkpoint/pages-1.img":          content("abcd"),
 		"checkpoint/pagemap-shmem-33.img": extents(t, 2, 0, 2),
 		"checkpoint/pages-2.img":          content("st"),
