@@ -10,9 +10,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 )
 
 // Sources holds a directory of Go files for each program, and this file: together with what is given to Write, that is
@@ -34,6 +36,7 @@ type Config struct {
 	Entrypoint []string `json:",omitempty"`
 	Cmd        []string `json:",omitempty"`
 	Env        []string `json:",omitempty"`
+	User       string   `json:",omitempty"`
 	StopSignal string   `json:",omitempty"`
 }
 
@@ -53,18 +56,27 @@ type descriptor struct {
 
 // Write adds an image to an OCI layout, which it makes where it is missing. The image is called name in its index.
 func Write(layout, name string, config Config, files []File) error {
-	return WriteTar(layout, name, config, func(w io.Writer) error { return writeLayer(w, files) })
+	return WriteTar(layout, map[string]Config{name: config}, func(w io.Writer) error { return writeLayer(w, files) })
 }
 
-// WriteTar is Write for an image whose only layer is what write writes, a tar.
-func WriteTar(layout, name string, config Config, write func(io.Writer) error) error {
+// WriteTar is Write for images, by their names, that share their only layer: what write writes, a tar.
+func WriteTar(layout string, configs map[string]Config, write func(io.Writer) error) error {
 	if err := os.MkdirAll(filepath.Join(layout, "blobs/sha256"), 0o755); err != nil {
-		return fmt.Errorf("write image %s: %w", name, err)
+		return fmt.Errorf("write images: %w", err)
 	}
 	layer, err := addBlob(layout, mediaLayer, write)
 	if err != nil {
-		return fmt.Errorf("write image %s: %w", name, err)
+		return fmt.Errorf("write layer: %w", err)
 	}
+	for _, name := range slices.Sorted(maps.Keys(configs)) {
+		if err := addImage(layout, name, configs[name], layer); err != nil {
+			return fmt.Errorf("write image %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func addImage(layout, name string, config Config, layer descriptor) error {
 	imageConfig, err := addJSON(layout, mediaConfig, map[string]any{
 		"architecture": runtime.GOARCH,
 		"os":           "linux",
@@ -72,7 +84,7 @@ func WriteTar(layout, name string, config Config, write func(io.Writer) error) e
 		"rootfs":       map[string]any{"type": "layers", "diff_ids": []string{layer.Digest}},
 	})
 	if err != nil {
-		return fmt.Errorf("write image %s: %w", name, err)
+		return err
 	}
 	manifest, err := addJSON(layout, mediaManifest, map[string]any{
 		"schemaVersion": 2,
@@ -81,13 +93,10 @@ func WriteTar(layout, name string, config Config, write func(io.Writer) error) e
 		"layers":        []descriptor{layer},
 	})
 	if err != nil {
-		return fmt.Errorf("write image %s: %w", name, err)
+		return err
 	}
 	manifest.Annotations = map[string]string{"org.opencontainers.image.ref.name": name}
-	if err := addToIndex(layout, manifest); err != nil {
-		return fmt.Errorf("write image %s: %w", name, err)
-	}
-	return nil
+	return addToIndex(layout, manifest)
 }
 
 func writeLayer(w io.Writer, files []File) error {

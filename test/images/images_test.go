@@ -76,6 +76,37 @@ func TestRegistryServesWhatWasWritten(t *testing.T) {
 	}
 }
 
+func TestImagesShareALayer(t *testing.T) {
+	layout := filepath.Join(t.TempDir(), "layout")
+	configs := map[string]images.Config{"first": {Cmd: []string{"first"}}, "second": {Cmd: []string{"second"}, User: "1234"}}
+	err := images.WriteTar(layout, configs, func(w io.Writer) error {
+		_, err := io.WriteString(w, "a layer")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewServer(images.Registry{Layouts: []string{layout}})
+	defer server.Close()
+	layers := map[string]bool{}
+	for name, want := range configs {
+		var manifest struct {
+			Config struct{ Digest string }
+			Layers []struct{ Digest string }
+		}
+		read(t, server.URL+"/v2/"+name+"/manifests/v1", &manifest)
+		var config struct{ Config images.Config }
+		read(t, server.URL+"/v2/"+name+"/blobs/"+manifest.Config.Digest, &config)
+		if !slices.Equal(config.Config.Cmd, want.Cmd) || config.Config.User != want.User {
+			t.Errorf("%s: config is %v", name, config)
+		}
+		layers[manifest.Layers[0].Digest] = true
+	}
+	if len(layers) != 1 {
+		t.Errorf("layers are %v", layers)
+	}
+}
+
 func read(t *testing.T, url string, into any) {
 	t.Helper()
 	response, err := http.Get(url)

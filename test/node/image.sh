@@ -4,8 +4,9 @@
 # Like root.sh, it runs in mount and process namespaces of its own.
 set -eu
 lower=$1 dir=$2
-mkdir "$dir/work" "$dir/merged"
-mount -t overlay overlay -o "lowerdir=$lower,upperdir=$dir/upper,workdir=$dir/work" "$dir/merged"
+mkdir "$dir/merged"
+# Read-only: with an upper directory, overlay changes directories while tar reads them, for which tar fails.
+mount -t overlay overlay -o "lowerdir=$dir/upper:$lower" "$dir/merged"
 # Without what makes it a node, and what only dpkg needs.
 tar --create --numeric-owner --sort=name --directory "$dir/merged" \
 	--exclude='./var/lib/apt' --exclude='./var/lib/dpkg' --exclude='./var/cache/*' --exclude='./usr/share/perl*' --exclude='./usr/lib/cni' \

@@ -43,28 +43,42 @@ func (c cache) programs(ctx context.Context) (string, error) {
 		Env: []string{"PATH=/usr/bin:/bin"},
 	}
 	return c.entry(ctx, "image-programs", fmt.Sprintf("%s\n%+v\n%s\n%s\n%q", filepath.Base(lower), config, imageRecipe, writer, sources), func(temporary string) error {
-		dir, err := os.MkdirTemp(string(c), "image-*")
-		if err != nil {
-			return err
-		}
-		defer os.RemoveAll(dir)
-		programs := filepath.Join(dir, "upper/programs")
-		if err := os.MkdirAll(programs, 0o755); err != nil {
-			return err
-		}
-		for name, content := range sources {
-			if err := os.WriteFile(filepath.Join(programs, name), content, 0o644); err != nil {
+		return c.writeImages(ctx, temporary, map[string]images.Config{"programs": config}, lower, func(upper string) error {
+			programs := filepath.Join(upper, "programs")
+			if err := os.MkdirAll(programs, 0o755); err != nil {
 				return err
 			}
-		}
-		return images.WriteTar(temporary, "programs", config, func(w io.Writer) error {
-			var stderr bytes.Buffer
-			cmd := isolated(ctx, imageRecipe, lower, dir)
-			cmd.Stdout, cmd.Stderr = w, &stderr
-			if err := dieWithUs(cmd, (*exec.Cmd).Run); err != nil {
-				return errors.Join(fmt.Errorf("write root file system: %w", err), errors.New(stderr.String()))
+			for name, content := range sources {
+				if err := os.WriteFile(filepath.Join(programs, name), content, 0o644); err != nil {
+					return err
+				}
 			}
 			return nil
 		})
+	})
+}
+
+// writeImages writes images whose file system is a root, as lower returns it, with what fill puts into upper laid over it.
+func (c cache) writeImages(ctx context.Context, layout string, configs map[string]images.Config, lower string, fill func(upper string) error) error {
+	dir, err := os.MkdirTemp(string(c), "image-*")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	upper := filepath.Join(dir, "upper")
+	if err := os.Mkdir(upper, 0o755); err != nil {
+		return err
+	}
+	if err := fill(upper); err != nil {
+		return err
+	}
+	return images.WriteTar(layout, configs, func(w io.Writer) error {
+		var stderr bytes.Buffer
+		cmd := isolated(ctx, imageRecipe, lower, dir)
+		cmd.Stdout, cmd.Stderr = w, &stderr
+		if err := dieWithUs(cmd, (*exec.Cmd).Run); err != nil {
+			return errors.Join(fmt.Errorf("write root file system: %w", err), errors.New(stderr.String()))
+		}
+		return nil
 	})
 }
