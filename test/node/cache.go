@@ -45,6 +45,7 @@ func (r Root) packages() []string {
 		Docker:      {"trixie", "docker.io"},
 
 		programsRoot: {"trixie", "python3", "nodejs", "redis-server"},
+		suiteRoot:    {"trixie", "curl", "netcat-openbsd"},
 		machineRoot:  {"trixie", "systemd-sysv", "dbus", "udev", "linux-image-amd64", "zstd", "xz-utils"},
 	}[r]
 }
@@ -115,7 +116,11 @@ func BuildAll(ctx context.Context) error {
 		_, err := c.programs(ctx)
 		built <- err
 	}()
-	return errors.Join(Build(ctx, Tools()...), <-built)
+	err = Build(ctx, Tools()...)
+	if err == nil {
+		_, err = c.suiteImages(ctx)
+	}
+	return errors.Join(err, <-built)
 }
 
 // entry returns the path of an entry, and builds it first where it is missing. build makes its argument, which does not

@@ -250,6 +250,13 @@ func (n *Node) startRegistry(ctx context.Context) error {
 		}
 		layouts = append(layouts, programs)
 	}
+	if n.options.Suite {
+		suite, err := n.cache.suiteImages(ctx)
+		if err != nil {
+			return err
+		}
+		layouts = append(layouts, suite)
+	}
 	listener, err := n.Listen(ctx, "tcp", registryAddress)
 	if err != nil {
 		return err

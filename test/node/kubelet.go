@@ -42,6 +42,8 @@ const (
 	kubeletAddress = "127.0.0.1:10250"
 	nodeAddress    = "10.89.0.1"
 	manifests      = "/etc/kubernetes/manifests"
+
+	kubeletConfigFile = "/etc/kubernetes/kubelet.json"
 )
 
 // StartKubelet starts a kubelet and waits until it answers and its runtime is ready. It can be started again after its
@@ -69,7 +71,7 @@ func (n *Node) StartKubelet(ctx context.Context, options KubeletOptions) (*Kubel
 
 func (n *Node) kubeletFlags() []string {
 	return []string{
-		"--config=/etc/kubernetes/kubelet.json",
+		"--config=" + kubeletConfigFile,
 		"--root-dir=/var/lib/kubelet",
 		"--hostname-override=" + n.hostname,
 		"--node-ip=" + nodeAddress,
@@ -112,15 +114,30 @@ func (n *Node) prepareKubelet(ctx context.Context, program string, options Kubel
 
 // configureKubelet makes the network and writes the configuration of a kubelet.
 func (n *Node) configureKubelet(ctx context.Context, options KubeletOptions) error {
-	// The kubelet wants an address and a default route. A bridge exists in more kernels than a dummy does.
+	if err := n.addAddress(ctx); err != nil {
+		return err
+	}
+	content, err := json.MarshalIndent(n.kubeletConfig(options), "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(n.Path(manifests), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(n.Path(kubeletConfigFile), content, 0o644)
+}
+
+// addAddress gives the node what a kubelet wants, an address and a default route. A bridge exists in more kernels than a dummy does.
+func (n *Node) addAddress(ctx context.Context) error {
 	_, err := n.Output(ctx, "sh", "-ec", `ip link show node0 >/dev/null 2>&1 && exit
 		ip link add node0 type bridge
 		ip addr add `+nodeAddress+`/24 dev node0
 		ip link set node0 up
 		ip route add default via 10.89.0.2`)
-	if err != nil {
-		return err
-	}
+	return err
+}
+
+func (n *Node) kubeletConfig(options KubeletOptions) map[string]any {
 	config := map[string]any{
 		"apiVersion":               "kubelet.config.k8s.io/v1beta1",
 		"kind":                     "KubeletConfiguration",
@@ -148,14 +165,7 @@ func (n *Node) configureKubelet(ctx context.Context, options KubeletOptions) err
 	for key, value := range options.Config {
 		config[key] = value
 	}
-	content, err := json.MarshalIndent(config, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(n.Path(manifests), 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(n.Path("/etc/kubernetes/kubelet.json"), content, 0o644)
+	return config
 }
 
 // Pod is a static pod of one container, which has the pod's name.

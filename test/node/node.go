@@ -37,6 +37,8 @@ type Options struct {
 	Root Root
 	// Programs says that its registry has ProgramsImage, which takes a minute to build the first time.
 	Programs bool
+	// Suite says that its registry has the images of Kubernetes' own node e2e suite, see node.Suite.
+	Suite bool
 	// Binds are mounted before anything runs in the node.
 	Binds []Bind
 	// CgroupV2 gives a node on a host with cgroup v1 nothing but the unified hierarchy. It has the freezer there, and no

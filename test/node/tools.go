@@ -9,11 +9,14 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 )
 
-// Tools are those that the tests need: directories of test/tools, each a module with one tool.
+// Tools are those that the tests need: directories of test/tools, each a module with one tool, or of a kubelet's version.
 func Tools() []string { return []string{"checkpointctl", "kubelet-1.34", "kubelet-1.37"} }
+
+const kubeletPackage = "k8s.io/kubernetes/cmd/kubelet"
 
 var kubeletVersion = regexp.MustCompile(`(?m)^require k8s\.io/kubernetes (v\S+)$`)
 
@@ -24,25 +27,51 @@ func Tool(ctx context.Context, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	module, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
+	module, err := findToolModule(ctx, name)
 	if err != nil {
-		return "", fmt.Errorf("find source tree: %w", err)
+		return "", err
 	}
-	dir := filepath.Join(filepath.Dir(strings.TrimSpace(string(module))), "test/tools", name)
-	mod, modErr := os.ReadFile(filepath.Join(dir, "go.mod"))
-	sum, sumErr := os.ReadFile(filepath.Join(dir, "go.sum"))
-	if err := errors.Join(modErr, sumErr); err != nil {
-		return "", fmt.Errorf("build tool: %w", err)
+	what := "tool"
+	if strings.HasPrefix(name, "kubelet-") {
+		what = kubeletPackage // its module has what tests a kubelet, too
 	}
-	flags := "-s -w"
-	if version := kubeletVersion.FindSubmatch(mod); version != nil {
-		flags += " -X k8s.io/component-base/version.gitVersion=" + string(version[1])
-	}
-	recipe := strings.Join([]string{runtime.Version(), flags, string(mod), string(sum)}, "\n")
-	return c.entry(ctx, name, recipe, func(temporary string) error {
-		cmd := exec.CommandContext(ctx, "go", "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", flags, "-o", temporary, "tool")
-		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
-		return output(cmd)
+	return c.entry(ctx, name, module.recipe, func(temporary string) error {
+		return module.run(ctx, "build", "-o", temporary, what)
 	})
+}
+
+// toolModule is a directory of test/tools.
+type toolModule struct {
+	dir string
+	// ldflags are what all of its programs are linked with.
+	ldflags string
+	// recipe is all that they depend on.
+	recipe string
+}
+
+func findToolModule(ctx context.Context, name string) (toolModule, error) {
+	source, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
+	if err != nil {
+		return toolModule{}, fmt.Errorf("find source tree: %w", err)
+	}
+	m := toolModule{dir: filepath.Join(filepath.Dir(strings.TrimSpace(string(source))), "test/tools", name), ldflags: "-s -w"}
+	mod, modErr := os.ReadFile(filepath.Join(m.dir, "go.mod"))
+	sum, sumErr := os.ReadFile(filepath.Join(m.dir, "go.sum"))
+	if err := errors.Join(modErr, sumErr); err != nil {
+		return toolModule{}, fmt.Errorf("build tool: %w", err)
+	}
+	if version := kubeletVersion.FindSubmatch(mod); version != nil {
+		m.ldflags += " -X k8s.io/component-base/version.gitVersion=" + string(version[1])
+	}
+	m.recipe = strings.Join([]string{runtime.Version(), m.ldflags, string(mod), string(sum)}, "\n")
+	return m, nil
+}
+
+// run runs a command of go that builds packages of the module's build list.
+func (m toolModule) run(ctx context.Context, command string, args ...string) error {
+	flags := []string{command, "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", m.ldflags}
+	cmd := exec.CommandContext(ctx, "go", slices.Concat(flags, args)...)
+	cmd.Dir = m.dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
+	return output(cmd)
 }
