@@ -2,8 +2,7 @@ package node
 
 import (
 	"context"
-	_ "embed" // for the stand-in of systemd, and the recipe of the images
-	"encoding/json"
+	_ "embed" // for the recipe of programs and images
 	"errors"
 	"fmt"
 	"os"
@@ -21,6 +20,11 @@ const suiteModule = "kubelet-1.34"
 // suiteRoot is a root only as far as the suite's images are made of it.
 const suiteRoot Root = "suite"
 
+// suiteRecipe is what programs and images depend on: this file.
+//
+//go:embed suite.go
+var suiteRecipe string
+
 // Suite returns a directory with Kubernetes' own node e2e suite, e2e_node.test, with ginkgo, which runs it, and with what its
 // containers run, building them first where the cache lacks them: minutes.
 func Suite(ctx context.Context) (string, error) {
@@ -36,101 +40,27 @@ func (c cache) suite(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return c.entry(ctx, "suite", module.recipe, func(temporary string) error {
+	return c.entry(ctx, "suite", module.recipe+suiteRecipe, func(temporary string) error {
 		if err := os.Mkdir(temporary, 0o755); err != nil {
 			return err
 		}
-		err := module.run(ctx, "test", "-c", "-vet=off", "-o", filepath.Join(temporary, "e2e_node.test"), "k8s.io/kubernetes/test/e2e_node")
+		// What agnhost serves HTTPS with.
+		porter, err := module.source(ctx, "k8s.io/kubernetes/test/images/agnhost/porter")
+		if err != nil {
+			return err
+		}
+		for _, name := range []string{"localhost.crt", "localhost.key"} {
+			if err := copyFile(filepath.Join(porter, name), filepath.Join(temporary, name), ""); err != nil {
+				return err
+			}
+		}
+		err = module.run(ctx, "test", "-c", "-vet=off", "-o", filepath.Join(temporary, "e2e_node.test"), "k8s.io/kubernetes/test/e2e_node")
 		if err != nil {
 			return err
 		}
 		return module.run(ctx, "build", "-o", temporary+"/", "github.com/onsi/ginkgo/v2/ginkgo",
 			"k8s.io/kubernetes/test/images/agnhost", "k8s.io/kubernetes/test/images/nonewprivs")
 	})
-}
-
-const (
-	suiteDir = "/run/suite"
-	// SuiteReports is where a run of the suite leaves what it writes, in the node: report.json, which is ginkgo's, kubelet.log, services.log.
-	SuiteReports = "/var/log/suite"
-)
-
-//go:embed systemd-standin.sh
-var systemdStandIn []byte
-
-//go:embed suite.go
-var suiteRecipe string
-
-// SuiteCommand returns a command that runs specs of the suite, which arguments of ginkgo's select, with a kubelet of its own in front
-// of a socket of the node. What specs ask of the runtime themselves goes to that socket, too. API server and etcd run in a process of the
-// suite. The node is one with Options.Suite; its runtime runs, and no other kubelet has.
-func (n *Node) SuiteCommand(ctx context.Context, endpoint string, args ...string) (*exec.Cmd, error) {
-	if err := n.prepareSuite(ctx, endpoint); err != nil {
-		return nil, fmt.Errorf("prepare suite: %w", err)
-	}
-	ginkgo := []string{suiteDir + "/ginkgo", "run", "--no-color", "--silence-skips", "--output-dir=" + SuiteReports, "--json-report=report.json"}
-	suite := []string{suiteDir + "/e2e_node.test", "--",
-		"--k8s-bin-dir=" + suiteDir, "--node-name=" + n.hostname, "--prepull-images=false", "--report-dir=" + SuiteReports,
-		"--container-runtime-endpoint=unix://" + endpoint, "--image-service-endpoint=unix://" + endpoint,
-		"--kubelet-config-file=" + kubeletConfigFile, "--kubelet-flags=--node-ip=" + nodeAddress}
-	// It writes into its working directory.
-	return n.Command(ctx, "sh", slices.Concat([]string{"-c", `cd /data && exec "$@"`, "sh"}, ginkgo, args, suite)...), nil
-}
-
-// prepareSuite makes the node ready for the suite: its programs, what its kubelet reads, and what starts that.
-func (n *Node) prepareSuite(ctx context.Context, endpoint string) error {
-	programs, err := Suite(ctx)
-	if err != nil {
-		return err
-	}
-	kubelet, err := Tool(ctx, suiteModule)
-	if err != nil {
-		return err
-	}
-	for _, dir := range []string{suiteDir, SuiteReports, filepath.Dir(kubeletConfigFile)} {
-		if err := os.MkdirAll(n.Path(dir), 0o755); err != nil {
-			return err
-		}
-	}
-	for target, source := range map[string]string{
-		suiteDir + "/kubelet":       kubelet,
-		suiteDir + "/ginkgo":        filepath.Join(programs, "ginkgo"),
-		suiteDir + "/e2e_node.test": filepath.Join(programs, "e2e_node.test"),
-	} {
-		if err := os.WriteFile(n.Path(target), nil, 0o755); err != nil {
-			return err
-		}
-		if err := n.Bind(source, target); err != nil {
-			return err
-		}
-	}
-	for _, name := range []string{"systemd-run", "systemctl", "sudo"} {
-		if err := os.WriteFile(n.Path("/usr/local/bin/"+name), systemdStandIn, 0o755); err != nil {
-			return err
-		}
-	}
-	config := n.kubeletConfig(KubeletOptions{RuntimeEndpoint: endpoint})
-	for key, value := range map[string]any{
-		// As in the configuration that Kubernetes itself runs its suite with: its specs count on these intervals.
-		"cgroupRoot":                       "/",
-		"podCIDR":                          "10.100.0.0/24",
-		"volumeStatsAggPeriod":             "10s",
-		"fileCheckFrequency":               "10s",
-		"evictionPressureTransitionPeriod": "30s",
-		"serializeImagePulls":              false,
-	} {
-		config[key] = value
-	}
-	delete(config, "syncFrequency")
-	delete(config, "resolvConf") // the specs expect one
-	content, err := json.MarshalIndent(config, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(n.Path(kubeletConfigFile), content, 0o644); err != nil {
-		return err
-	}
-	return n.addAddress(ctx)
 }
 
 // suiteConfigs are the images that the suite's specs use, by the last part of their names, and how they start. All have the same
@@ -186,24 +116,23 @@ func suiteFiles(ctx context.Context, upper, lower, programs string) error {
 	if err != nil {
 		return fmt.Errorf("list busybox's programs: %w", err)
 	}
-	// Its sh drops variables such as data-1 from the environment and its nc knows no UDP, which those in the image do not.
-	better := map[string]string{"busybox": "", "date": "", "nc": "", "sh": "bash"}
+	// Its sh drops variables such as data-1 from the environment, its date has no milliseconds and its nc no UDP: unlike the image's.
+	debian := []string{"busybox", "date", "nc", "sh"}
 	for applet := range strings.FieldsSeq(string(applets)) {
-		target := "busybox"
-		if other, ok := better[applet]; ok {
-			target = other
-		}
-		if target == "" {
+		if slices.Contains(debian, applet) {
 			continue
 		}
-		if err := os.Symlink(target, filepath.Join(upper, "usr/bin", applet)); err != nil {
+		if err := os.Symlink("busybox", filepath.Join(upper, "usr/bin", applet)); err != nil {
 			return err
 		}
 	}
 	nnp := filepath.Join(upper, "usr/local/bin/nnp")
 	return errors.Join(
+		os.Symlink("bash", filepath.Join(upper, "usr/bin/sh")),
 		copyFile(filepath.Join(programs, "agnhost"), filepath.Join(upper, "agnhost"), ""),
 		os.Symlink("agnhost", filepath.Join(upper, "agnhost-2")),
+		copyFile(filepath.Join(programs, "localhost.crt"), filepath.Join(upper, "localhost.crt"), ""),
+		copyFile(filepath.Join(programs, "localhost.key"), filepath.Join(upper, "localhost.key"), ""),
 		copyFile(filepath.Join(programs, "nonewprivs"), nnp, ""),
 		os.Chmod(nnp, 0o755|os.ModeSetuid|os.ModeSetgid),
 		// A program of busybox that Debian's lacks. The specs call it for the time of the day in milliseconds.

@@ -70,8 +70,21 @@ func findToolModule(ctx context.Context, name string) (toolModule, error) {
 // run runs a command of go that builds packages of the module's build list.
 func (m toolModule) run(ctx context.Context, command string, args ...string) error {
 	flags := []string{command, "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", m.ldflags}
-	cmd := exec.CommandContext(ctx, "go", slices.Concat(flags, args)...)
+	return output(m.goCommand(ctx, slices.Concat(flags, args)...))
+}
+
+// source is the directory of a package of the module's build list.
+func (m toolModule) source(ctx context.Context, name string) (string, error) {
+	dir, err := m.goCommand(ctx, "list", "-mod=readonly", "-f", "{{.Dir}}", name).Output()
+	if err != nil {
+		return "", fmt.Errorf("find source of %s: %w", name, err)
+	}
+	return strings.TrimSpace(string(dir)), nil
+}
+
+func (m toolModule) goCommand(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = m.dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
-	return output(cmd)
+	return cmd
 }
