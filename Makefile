@@ -42,7 +42,7 @@ unit: ## the quick tests: no root, no node
 	timeout 10m $(GO) test -race $(PACKAGES)
 
 .PHONY: test
-test: setup lint build fuzz test-node test-e2e test-crash test-soak test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
+test: setup lint build fuzz test-node test-e2e test-conformance test-crash test-soak test-vm test-vm-matrix test-matrix ## all tests; as root, installs what it needs
 
 # The same packages as `unit`, as root inside a node with containerd, runc, crun and CRIU; what knows of cgroups once more
 # where there is cgroup v2 alone; and what knows of a runtime's mounts with later runtimes.
@@ -59,7 +59,18 @@ test-node: bin/testnode
 .PHONY: test-e2e
 test-e2e: setup-vm bin/testnode
 	bin/testnode build
-	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -vE '/test/(crash|matrix|soak|vm)$$') | test/no-skips.sh
+	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -vE '/test/(conformance|crash|matrix|soak|vm)$$') | test/no-skips.sh
+
+# Kubernetes' own node e2e suite in front of crishim: the spec that checkpoints, and some for each way in which a kubelet uses a runtime.
+.PHONY: test-conformance
+test-conformance: bin/testnode
+	bin/testnode build
+	timeout 10m $(GO) test -count=1 -race -v -timeout 9m ./test/conformance | test/no-skips.sh
+
+.PHONY: conformance
+conformance: bin/testnode ## run Kubernetes' NodeConformance specs directly and through crishim; as root, takes a quarter of an hour
+	bin/testnode build
+	timeout 60m $(GO) test -count=1 -race -v -timeout 59m ./test/conformance -long | test/no-skips.sh
 
 # Daemon, helper and criu killed at each step and at any moment. What it takes is a seed, see test/crash: -args -seed=N.
 .PHONY: test-crash
