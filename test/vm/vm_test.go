@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"crishim/test/node"
@@ -43,6 +44,9 @@ func TestServices(t *testing.T) {
 	}
 	output(t, "cp", "/usr/local/share/crishim/kubelet-crishim.conf", dropIn)
 	systemctl(t, "daemon-reload")
+	if err := os.Mkdir(filepath.Dir(location), 0o700); err != nil {
+		t.Fatal(err)
+	}
 
 	for _, part := range []struct {
 		name string
@@ -50,9 +54,13 @@ func TestServices(t *testing.T) {
 	}{
 		{"the socket starts the service", startBySocket},
 		{"a reload takes the configuration over", reload},
+		{"the unit takes what nobody needs", hardening},
+		{"a runtime in trouble is not crishim's fault", runtimeTrouble},
+		{"the daemon ends in mid-dump", unexpectedEnds},
 		{"the kubelet's checkpoint is restored", checkpointAndRestore},
 		{"a restart in mid-dump rolls it back", func(t *testing.T, n *node.Node) { restart(t, n, true) }},
 		{"a restart in mid-dump waits for it", func(t *testing.T, n *node.Node) { restart(t, n, false) }},
+		{"an upgrade while pods come and go", upgrade},
 	} {
 		if !t.Run(part.name, func(t *testing.T) { part.test(t, n) }) {
 			t.FailNow()
@@ -65,9 +73,12 @@ func startBySocket(t *testing.T, n *node.Node) {
 	systemctl(t, "start", "containerd.service")
 	output(t, "systemd-analyze", "verify", "crishim.service", "crishim.socket", "kubelet.service")
 	systemctl(t, "enable", "--now", "crishim.socket")
-	info, err := os.Stat(node.CrishimSocket)
-	if err != nil || info.Mode() != os.ModeSocket|0o600 {
-		t.Errorf("the socket is %v, %v, want 0600", info.Mode(), err)
+	for path, want := range map[string]os.FileMode{
+		node.CrishimSocket: os.ModeSocket | 0o600, filepath.Dir(node.CrishimSocket): os.ModeDir | 0o700, "/var/lib/crishim": os.ModeDir | 0o700,
+	} {
+		if info, err := os.Stat(path); err != nil || info.Mode() != want {
+			t.Errorf("%s is %v, %v, want %v", path, info.Mode(), err, want)
+		}
 	}
 	if state := property(t, "crishim.service", "ActiveState"); state != "inactive" {
 		t.Errorf("crishim.service is %s before the first call", state)
@@ -77,7 +88,7 @@ func startBySocket(t *testing.T, n *node.Node) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	version, err := client.Runtime.Version(t.Context(), &cri.VersionRequest{})
+	version, err := client.Runtime.Version(t.Context(), &cri.VersionRequest{}, grpc.WaitForReady(true))
 	if err != nil || version.GetRuntimeName() != "containerd" {
 		t.Fatalf("got %v, %v by the socket, want containerd's version", version, err)
 	}
@@ -161,6 +172,9 @@ func checkpointAndRestore(t *testing.T, n *node.Node) {
 // restart has systemd restart crishim while a criu is held in mid-dump, which then is rolled back, when crishim's time to wait for it is
 // over, or is let go on before.
 func restart(t *testing.T, n *node.Node, rolledBack bool) {
+	// Shorter than the 10 s that crishim waits: it is not aborted meanwhile.
+	defer override(t, "[Service]\nWatchdogSec=6\n")()
+	systemctl(t, "restart", "crishim.service")
 	k := kubelet(t, n)
 	name := fmt.Sprintf("large-%t", rolledBack)
 	runPod(t, k, node.Pod{Name: name, Command: []string{"/bin/workload", "memory", "64"}})
@@ -235,7 +249,7 @@ func restart(t *testing.T, n *node.Node, rolledBack bool) {
 		t.Errorf("the kubelet is process %s, and was %s: it has not gone on", now, kubeletPid)
 	}
 	// systemd tells of each process that it signals, but for the daemon itself.
-	if journal := output(t, "journalctl", "--no-pager", "-u", "crishim.service", "--since", since, "_PID=1"); strings.Contains(journal, "Killing process") {
+	if journal := output(t, "journalctl", "--no-pager", "-u", "crishim.service", "--since", since, "_PID=1"); strings.Contains(journal, "Killing process") || strings.Contains(journal, "Watchdog timeout") {
 		t.Errorf("systemd has killed:\n%s", journal)
 	}
 	// It works, and the kubelet finds it.
@@ -322,9 +336,9 @@ func output(t *testing.T, name string, args ...string) string {
 
 func wait(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); !condition(); time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited a minute for %s", what)
+			t.Fatalf("waited 2 minutes for %s", what)
 		}
 	}
 }

@@ -1,0 +1,162 @@
+package vm
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/test/node"
+)
+
+// upgrade has systemd restart crishim, as the installation of another version does, while 20 pods are there, come and go, and one of them is
+// dumped. No pod is any the worse for it, and the kubelet finds its node ready all the time.
+func upgrade(t *testing.T, n *node.Node) {
+	k := kubelet(t, n)
+	names := func(kind string, count int) (all []string) {
+		for i := range count {
+			all = append(all, fmt.Sprintf("%s-%d", kind, i))
+		}
+		return all
+	}
+	stay, leave, come := names("stays", 6), names("leaves", 6), names("comes", 8)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	for _, name := range append(leave, stay...) {
+		pod := node.Pod{Name: name}
+		if name == stay[0] {
+			pod.Command = []string{"/bin/workload", "memory", "64"}
+		}
+		if err := k.WritePod(pod); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := k.WaitPods(ctx, append(leave, stay...), nil); err != nil {
+		t.Fatal(err)
+	}
+	direct := n.Client(t, node.ContainerdSocket)
+	before := containers(t, direct)
+	since := strings.TrimSpace(output(t, "date", "+@%s"))
+
+	log := n.PodLogFile(k.PodName(stay[0]), stay[0])
+	node.WaitCount(t, 0, log)
+	held, ended := node.HoldCheckpoint(t, checkpoints, "", func() error {
+		if err := removeArchives(); err != nil {
+			return err
+		}
+		_, err := k.Checkpoint(ctx, k.PodName(stay[0]), stay[0], 0)
+		return err
+	})
+	for _, name := range leave {
+		if err := k.UnwritePod(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range come {
+		if err := k.WritePod(node.Pod{Name: name}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The kubelet is at it: calls to start and to end containers are on their way.
+	wait(t, "pods to come and go", func() bool {
+		sandboxes, err := direct.Runtime.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{Filter: &cri.PodSandboxFilter{
+			State: &cri.PodSandboxStateValue{State: cri.PodSandboxState_SANDBOX_READY},
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, sandbox := range sandboxes.GetItems() {
+			if strings.HasPrefix(sandbox.GetMetadata().GetName(), "comes-") {
+				return true
+			}
+		}
+		return false
+	})
+	begin := time.Now()
+	restarted := make(chan error, 1)
+	go func() { restarted <- exec.Command("systemctl", "restart", "crishim.service").Run() }()
+	wait(t, "systemd to stop crishim", func() bool { return property(t, "crishim.service", "ActiveState") == "deactivating" })
+	held.Release()
+	checkpointErr := <-ended
+	if err := <-restarted; err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the restart took %s; the checkpoint in flight ended with %v", time.Since(begin), checkpointErr)
+	archives := strings.Fields(n.Listing(t, checkpoints))
+	if (checkpointErr == nil) != (len(archives) == 1) {
+		t.Errorf("the checkpoint ended with %v and left %q", checkpointErr, archives)
+	}
+	if err := removeArchives(); err != nil {
+		t.Fatal(err)
+	}
+
+	if err := k.WaitPods(ctx, append(come, stay...), leave); err != nil {
+		t.Fatal(err)
+	}
+	n.Unharmed(t, checkpoints, log)
+	after := containers(t, direct)
+	for _, name := range stay {
+		if pod := k.PodName(name); len(before[pod]) != 1 || !maps.Equal(before[pod], after[pod]) {
+			t.Errorf("the containers of %s were %v and are %v", pod, before[pod], after[pod])
+		}
+	}
+	for _, name := range come {
+		pod := k.PodName(name)
+		for id, attempt := range after[pod] {
+			if attempt != 0 || len(after[pod]) != 1 {
+				t.Errorf("the containers of %s are %v, want one that was never restarted: %s", pod, after[pod], id)
+			}
+		}
+	}
+	ready(t, since)
+	for _, name := range append(come, stay...) {
+		if err := k.UnwritePod(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := k.WaitPods(ctx, nil, append(come, stay...)); err != nil {
+		t.Error(err)
+	}
+}
+
+// containers are all that containerd has, also those that have ended, by the names of their pods: ids, and how often the kubelet has started
+// each again.
+func containers(t *testing.T, client *node.Client) map[string]map[string]uint32 {
+	t.Helper()
+	list, err := client.Runtime.ListContainers(t.Context(), &cri.ListContainersRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]map[string]uint32{}
+	for _, c := range list.GetContainers() {
+		pod := c.GetLabels()["io.kubernetes.pod.name"]
+		if all[pod] == nil {
+			all[pod] = map[string]uint32{}
+		}
+		all[pod][c.GetId()] = c.GetMetadata().GetAttempt()
+	}
+	return all
+}
+
+// ready fails the test if the kubelet has found its node not ready. Without an API server it has nobody to tell that; but it says in its journal
+// that it looks after no pods, and that is for the same reasons: a runtime or a network that was not ready, or a list of pods that has not been
+// renewed.
+func ready(t *testing.T, since string) {
+	t.Helper()
+	journal := output(t, "journalctl", "--no-pager", "--output=cat", "-u", "kubelet.service", "--since", since)
+	if !strings.Contains(journal, "SyncLoop ADD") {
+		t.Error("the kubelet's journal tells nothing: this test shows less than it should")
+	}
+	for line := range strings.Lines(journal) {
+		for _, words := range []string{"Skipping pod synchronization", "PLEG is not healthy", "container runtime is down", "Container runtime network not ready"} {
+			if strings.Contains(line, words) {
+				t.Errorf("the kubelet finds its node not ready: %s", line)
+			}
+		}
+	}
+}
