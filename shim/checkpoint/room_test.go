@@ -113,7 +113,7 @@ func TestADiskThatBecomesFull(t *testing.T) {
 	held.RollBack(t)
 	err = <-ended
 	if status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "no room for the archive: it was stopped when it had written ") ||
-		!strings.Contains(err.Error(), ", and others 7") || !strings.Contains(err.Error(), " are free, of which 100 MiB stay so") {
+		!strings.Contains(err.Error(), ", and others ") || !strings.Contains(err.Error(), " are free, of which 100 MiB stay so") {
 		t.Errorf("error is %v, want ResourceExhausted and figures", err)
 	}
 	if err := os.Remove(other); err != nil {
