@@ -42,7 +42,7 @@ CRIU and writes an archive where the kubelet asked for it.`,
 		Version:       version,
 	}
 	root.AddCommand(
-		serveCommand(), configCommand(), retentionCommand(),
+		serveCommand(), configCommand(), retentionCommand(), kubeletCommand(),
 		checkCommand(), checkpointCommand(), listCommand(), cancelCommand(), deleteCommand(),
 		verifyCommand(), inspectCommand(), diffCommand(), convertCommand(), versionCommand(),
 	)

@@ -166,7 +166,7 @@ func TestWhoWins(t *testing.T) {
 
 // Each flag wins over its key and its variable.
 func TestEachFlagWins(t *testing.T) {
-	k := defaults()
+	k := Defaults()
 	for _, key := range k.all() {
 		if key.flag == "" {
 			continue
@@ -310,7 +310,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add([]byte(systemd.Config))
 	f.Add([]byte("checkpoint = { reserve = \"1%\" }\n[[a]]\nb = 1\n"))
 	f.Fuzz(func(t *testing.T, content []byte) {
-		c := &Config{Keys: defaults(), origins: map[string]string{}}
+		c := &Config{Keys: Defaults(), origins: map[string]string{}}
 		for _, err := range c.decode("file", content) {
 			if strings.Contains(err.Error(), "\n") {
 				t.Errorf("%q: the error is of several lines: %v", content, err)

@@ -46,8 +46,8 @@ type Keys struct {
 	} `toml:"retention"`
 }
 
-// defaults are what the shipped file has.
-func defaults() Keys {
+// Defaults are what the shipped file has.
+func Defaults() Keys {
 	var k Keys
 	if err := toml.Unmarshal([]byte(systemd.Config), &k); err != nil {
 		panic(err) // the file is a part of this binary, and the tests have read it
@@ -85,7 +85,7 @@ func keysOf(prefix string, table reflect.Value) (keys []key) {
 
 // Register makes flags for the keys that have one, or for those alone that are named, with the first sentence of what the shipped file says of them.
 func Register(flags *pflag.FlagSet, names ...string) {
-	k := defaults()
+	k := Defaults()
 	described := comments(systemd.Config)
 	for _, key := range k.all() {
 		if key.flag != "" && (len(names) == 0 || slices.Contains(names, key.name)) {

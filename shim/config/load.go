@@ -41,7 +41,7 @@ type Sources struct {
 
 // Load reads all sources, and may be called again when they have changed. The error has a line for each thing that is wrong, which says where.
 func (s Sources) Load() (*Config, error) {
-	c := &Config{Keys: defaults(), origins: map[string]string{}}
+	c := &Config{Keys: Defaults(), origins: map[string]string{}}
 	for _, key := range c.Keys.all() {
 		c.origins[key.name] = "default"
 	}
