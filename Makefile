@@ -5,6 +5,9 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unreleased)
 COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+# What is made for others says when its source was written, not when it was made: the same source gives the same bytes.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+export SOURCE_DATE_EPOCH
 # One set of flags for every binary, so that they share what is compiled: a cold build is most of the first run's time.
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false
 LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
@@ -156,8 +159,12 @@ proto: ## generate proto/**/*.pb.go again
 	$(GO) build -o bin/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
 	$(GO) tool -modfile=test/tools/proto/go.mod buf generate proto --template proto/buf.gen.yaml
 
+.PHONY: man
+man: ## write man pages and completions to bin/documents
+	env -u GOARCH $(GO) test -count=1 -run '^TestDocuments$$' -ldflags '$(LDFLAGS)' ./cmd/crishim -args -documents '$(CURDIR)/bin/documents'
+
 .PHONY: install
-install: build ## install the binary, the systemd units and, if there is none, the configuration file (DESTDIR, PREFIX)
+install: build man ## install binary, units, man pages, completions and, if there is none, the configuration file (DESTDIR, PREFIX)
 	install -D -m 0755 bin/crishim $(DESTDIR)$(PREFIX)/bin/crishim
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's|@BINDIR@|$(PREFIX)/bin|' systemd/crishim.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
@@ -165,7 +172,12 @@ install: build ## install the binary, the systemd units and, if there is none, t
 	install -m 0644 systemd/crishim.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.socket
 	install -D -m 0644 systemd/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/crishim.conf
 	test -e $(DESTDIR)/etc/crishim/config.toml || install -D -m 0644 systemd/config.toml $(DESTDIR)/etc/crishim/config.toml
-	install -D -m 0644 systemd/kubelet-crishim.conf $(DESTDIR)$(PREFIX)/share/crishim/kubelet-crishim.conf
+	install -d $(DESTDIR)$(PREFIX)/share/man/man5 $(DESTDIR)$(PREFIX)/share/man/man8
+	install -m 0644 bin/documents/man/*.5 $(DESTDIR)$(PREFIX)/share/man/man5
+	install -m 0644 bin/documents/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
+	install -D -m 0644 bin/documents/completions/crishim.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/crishim
+	install -D -m 0644 bin/documents/completions/_crishim $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_crishim
+	install -D -m 0644 bin/documents/completions/crishim.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/crishim.fish
 
 .PHONY: clean
 clean: ## remove what was built here; the cache outside the tree stays

@@ -17,7 +17,7 @@ import (
 // upgrade has systemd restart crishim, as the installation of another version does, while 20 pods are there, come and go, and one of them is
 // dumped. No pod is any the worse for it, and the kubelet finds its node ready all the time.
 func upgrade(t *testing.T, n *node.Node) {
-	k := kubelet(t, n)
+	k := meet(t, n)
 	names := func(kind string, count int) (all []string) {
 		for i := range count {
 			all = append(all, fmt.Sprintf("%s-%d", kind, i))

@@ -37,17 +37,9 @@ func TestServices(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	// As README.md says.
-	dropIn := "/etc/systemd/system/kubelet.service.d/20-crishim.conf"
-	if err := os.MkdirAll(filepath.Dir(dropIn), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	output(t, "cp", "/usr/local/share/crishim/kubelet-crishim.conf", dropIn)
-	systemctl(t, "daemon-reload")
 	if err := os.Mkdir(filepath.Dir(location), 0o700); err != nil {
 		t.Fatal(err)
 	}
-
 	for _, part := range []struct {
 		name string
 		test func(*testing.T, *node.Node)
@@ -130,10 +122,11 @@ func reload(t *testing.T, _ *node.Node) {
 	}
 }
 
-// checkpointAndRestore starts the kubelet with the shipped drop-in, and has it make a checkpoint that is restored beside the original.
+// checkpointAndRestore starts the kubelet, which is to use crishim, and has it make a checkpoint that is restored beside the original.
 func checkpointAndRestore(t *testing.T, n *node.Node) {
+	output(t, "crishim", "kubelet", "enable")
 	systemctl(t, "start", "kubelet.service")
-	k := kubelet(t, n)
+	k := meet(t, n)
 	runPod(t, k, node.Pod{Name: "counter"})
 	systemctl(t, "is-active", "containerd.service", "crishim.service", "crishim.socket", "kubelet.service")
 	before := node.WaitCount(t, 5, k.PodLog(t, "counter"))
@@ -175,7 +168,7 @@ func restart(t *testing.T, n *node.Node, rolledBack bool) {
 	// Shorter than the 10 s that crishim waits: it is not aborted meanwhile.
 	defer override(t, "[Service]\nWatchdogSec=6\n")()
 	systemctl(t, "restart", "crishim.service")
-	k := kubelet(t, n)
+	k := meet(t, n)
 	name := fmt.Sprintf("large-%t", rolledBack)
 	runPod(t, k, node.Pod{Name: name, Command: []string{"/bin/workload", "memory", "64"}})
 	log := n.PodLogFile(k.PodName(name), name)
@@ -274,7 +267,7 @@ func removeArchives() error {
 	return err
 }
 
-func kubelet(t *testing.T, n *node.Node) *node.Kubelet {
+func meet(t *testing.T, n *node.Node) *node.Kubelet {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
