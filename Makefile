@@ -8,6 +8,7 @@ COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 # What is made for others says when its source was written, not when it was made: the same source gives the same bytes.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 export SOURCE_DATE_EPOCH
+BINARY ?= bin/crishim
 # One set of flags for every binary, so that they share what is compiled: a cold build is most of the first run's time.
 BUILD = CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false
 LDFLAGS = -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
@@ -18,10 +19,10 @@ PACKAGES = ./cmd/... ./criu/... ./proto/... ./shim/...
 all: build ## what is worth doing by default
 
 .PHONY: build
-build: bin/crishim ## build bin/crishim
+build: $(BINARY) ## build bin/crishim
 
-.PHONY: bin/crishim
-bin/crishim:
+.PHONY: $(BINARY)
+$(BINARY):
 	$(BUILD) -ldflags '$(LDFLAGS)' -o $@ ./cmd/crishim
 
 .PHONY: setup
@@ -102,7 +103,9 @@ soak: bin/testnode ## the same for MINUTES=30; as root
 .PHONY: test-vm
 test-vm: setup-vm bin/testnode
 	bin/testnode build
-	timeout 12m $(GO) test -count=1 -v -p 1 -timeout 10m -exec '$(CURDIR)/bin/testnode vm --' ./test/vm | test/no-skips.sh
+	rm -rf bin/vm
+	$(MAKE) --no-print-directory packages RELEASE=bin/vm ARCHES=amd64 FORMATS=deb
+	timeout 12m $(GO) test -count=1 -v -p 1 -timeout 10m -exec "$(CURDIR)/bin/testnode vm --copy=$$(ls $(CURDIR)/bin/vm/*.deb) --" ./test/vm | test/no-skips.sh
 
 # Those kinds of containers that need what few machines have, on cgroup v2, in a virtual machine of their own.
 .PHONY: test-vm-matrix
@@ -165,7 +168,7 @@ man: ## write man pages and completions to bin/documents
 
 .PHONY: install
 install: build man ## install binary, units, man pages, completions and, if there is none, the configuration file (DESTDIR, PREFIX)
-	install -D -m 0755 bin/crishim $(DESTDIR)$(PREFIX)/bin/crishim
+	install -D -m 0755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/crishim
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's|@BINDIR@|$(PREFIX)/bin|' systemd/crishim.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
 	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/crishim.service
@@ -178,6 +181,39 @@ install: build man ## install binary, units, man pages, completions and, if ther
 	install -D -m 0644 bin/documents/completions/crishim.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/crishim
 	install -D -m 0644 bin/documents/completions/_crishim $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_crishim
 	install -D -m 0644 bin/documents/completions/crishim.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/crishim.fish
+
+# What a version is called in packages: 1.2.3 of v1.2.3, 1.2.3+4.gabc of what comes after that, 0.0.0+abc where there is none.
+PACKAGE_VERSION = $(shell echo '$(VERSION)' | sed -E 's/^v//; /^[0-9]+\./!s/^/0.0.0+/; s/-/+/; s/-/./g')
+RELEASE ?= bin/release
+ARCHES ?= amd64 arm64
+FORMATS ?= deb rpm
+
+.PHONY: packages
+packages: $(ARCHES:%=package-%) ## make packages for ARCHES="amd64 arm64" and FORMATS="deb rpm", with a list of what is in them, in bin/release
+
+.PHONY: bin/nfpm
+bin/nfpm:
+	cd test/tools/nfpm && $(BUILD) -o $(CURDIR)/$@ github.com/goreleaser/nfpm/v2/cmd/nfpm
+	cd test/tools/sbom && $(BUILD) -o $(CURDIR)/bin/sbom .
+
+package-%: bin/nfpm
+	rm -rf $(RELEASE)/$*
+	$(MAKE) --no-print-directory install GOOS=linux GOARCH=$* BINARY=$(RELEASE)/$*/crishim DESTDIR=$(abspath $(RELEASE))/$*/stage PREFIX=/usr
+	bin/sbom $(VERSION) $(RELEASE)/$*/crishim > $(RELEASE)/$*/stage/sbom.json
+	find $(RELEASE)/$*/stage/usr/share/man -type f -exec gzip -9n {} +
+	mv $(RELEASE)/$*/stage/usr/share/zsh/site-functions/_crishim $(RELEASE)/$*/stage/_crishim
+	rm -r $(RELEASE)/$*/stage/usr/share/zsh
+	chmod -R u=rwX,go=rX $(RELEASE)/$*/stage
+	find $(RELEASE)/$*/stage -exec touch -d @$(SOURCE_DATE_EPOCH) {} +
+	for format in $(FORMATS); do STAGE=$(RELEASE)/$*/stage ARCH=$* PACKAGE_VERSION=$(PACKAGE_VERSION) \
+		bin/nfpm package -f systemd/package/nfpm.yaml -p $$format -t $(RELEASE)/ || exit 1; done
+	mv $(RELEASE)/$*/crishim $(RELEASE)/crishim-linux-$*
+	mv $(RELEASE)/$*/stage/sbom.json $(RELEASE)/crishim-linux-$*.cdx.json
+	rm -r $(RELEASE)/$*
+
+.PHONY: release
+release: packages ## what is published: packages, binaries, what is in them, and checksums of all that, in bin/release
+	cd $(RELEASE) && sha256sum $$(ls | grep -v SHA256SUMS) > SHA256SUMS
 
 .PHONY: clean
 clean: ## remove what was built here; the cache outside the tree stays

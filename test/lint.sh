@@ -12,8 +12,10 @@ go vet ./...
 go mod tidy -diff
 go tool -modfile=test/tools/lint/go.mod staticcheck ./...
 test/proto.sh
-# The one program of a module of its own.
-(cd test/tools/plot && go vet ./... && go mod tidy -diff)
+# The programs of modules of their own.
+for module in plot sbom; do
+	(cd "test/tools/$module" && go vet ./... && go mod tidy -diff)
+done
 
 # os.Create follows symlinks and truncates what it finds: where another user can write to the directory, that is a way to
 # overwrite any file (CVE-2024-45310 was of this kind). Tests are no exception: they are read to learn from.

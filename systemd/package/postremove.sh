@@ -1,0 +1,9 @@
+#!/bin/sh
+# After files have gone. What dpkg purges is the configuration and the records of checkpoints in flight. Archives are never removed: they are where the
+# kubelet has them, and belong to whoever has asked for them.
+set -e
+if [ "$1" = purge ]; then
+	rm -rf /etc/crishim /var/lib/crishim
+	rm -f /etc/systemd/system/multi-user.target.wants/crishim.service /etc/systemd/system/sockets.target.wants/crishim.socket
+fi
+[ ! -d /run/systemd/system ] || systemctl daemon-reload || true
