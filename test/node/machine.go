@@ -52,12 +52,17 @@ type Machine struct {
 	Source, Dir string
 	// Args are the command and its arguments. Where the first is a file of this host, but for what is in /usr, the machine gets a copy.
 	Args []string
+	// Copies are files of this host that the machine has in CopiesDir.
+	Copies []string
 	// Output takes what the command writes to its standard streams.
 	Output io.Writer
 }
 
 // KubeletPath is the path of the kubelet in a virtual machine.
 const KubeletPath = "/usr/local/bin/kubelet"
+
+// CopiesDir is where a virtual machine has copies of files of the host.
+const CopiesDir = "/usr/local/lib/crishim-test"
 
 // crishimPath is where make install puts crishim.
 const crishimPath = "/usr/local/bin/crishim"
@@ -155,12 +160,15 @@ func (m Machine) makeDisk(ctx context.Context, c cache, dir string) error {
 	// Where /bin is a link to /usr/bin, it is one in the machine, too.
 	if program, err := filepath.EvalSymlinks(args[0]); err == nil && !strings.HasPrefix(program, "/usr/") {
 		if info, err := os.Stat(program); err == nil && info.Mode().IsRegular() {
-			args[0] = "/usr/local/lib/crishim-test/" + filepath.Base(program)
+			args[0] = filepath.Join(CopiesDir, filepath.Base(program))
 			copies[args[0]] = program
 		}
 	}
 	if copies[crishimFailpointPath], err = BuildCrishim(ctx, dir, "failpoint"); err != nil {
 		return err
+	}
+	for _, file := range m.Copies {
+		copies[filepath.Join(CopiesDir, filepath.Base(file))] = file
 	}
 	for target, source := range copies {
 		target = filepath.Join(tree, target)

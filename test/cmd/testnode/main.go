@@ -4,7 +4,8 @@
 //	testnode run [OPTION…] [--] COMMAND [ARGUMENT…]
 //	                                      run a command in a new node with containerd, in the current directory
 //	testnode shell [OPTION…]              the same, with a shell
-//	testnode vm [--] COMMAND [ARGUMENT…]  run a command in a new virtual machine, see node.Machine
+//	testnode vm [--copy=FILE…] [--] COMMAND [ARGUMENT…]
+//	                                      run a command in a new virtual machine, see node.Machine, which has copies of files
 //	testnode sweep                        remove what killed nodes left
 //
 // The options are those of node.Options: --cgroup-v2, --root=containerd-2|podman|docker, --programs.
@@ -27,7 +28,7 @@ import (
 	"crishim/test/node"
 )
 
-const usage = "usage: testnode build | run [OPTION…] [--] COMMAND [ARGUMENT…] | shell [OPTION…] | vm [--] COMMAND [ARGUMENT…] | sweep; " +
+const usage = "usage: testnode build | run [OPTION…] [--] COMMAND [ARGUMENT…] | shell [OPTION…] | vm [--copy=FILE…] [--] COMMAND [ARGUMENT…] | sweep; " +
 	"options are --cgroup-v2, --root=containerd-2|podman|docker and --programs"
 
 func main() {
@@ -60,15 +61,20 @@ func run(args []string) (code int, err error) {
 	ctx, cancel := signal.NotifyContext(context.Background(), ends...)
 	defer cancel()
 	var options node.Options
+	var copies []string
 	for len(args) > 0 && strings.HasPrefix(args[0], "--") {
 		option := args[0]
 		args = args[1:]
 		if option == "--" {
 			break
 		}
-		switch name, isRoot := strings.CutPrefix(option, "--root="); {
+		name, isRoot := strings.CutPrefix(option, "--root=")
+		file, isCopy := strings.CutPrefix(option, "--copy=")
+		switch {
+		case command == "vm" && isCopy:
+			copies = append(copies, file)
 		case command == "vm":
-			return 0, fmt.Errorf("unknown option %s: a virtual machine has none; %s", option, usage)
+			return 0, fmt.Errorf("unknown option %s: a virtual machine has none but --copy; %s", option, usage)
 		case option == "--cgroup-v2":
 			options.CgroupV2 = true
 		case option == "--programs":
@@ -89,18 +95,18 @@ func run(args []string) (code int, err error) {
 	case command == "run" && len(args) > 0:
 		return inNode(ctx, options, args)
 	case command == "vm" && len(args) > 0:
-		return inMachine(ctx, args)
+		return inMachine(ctx, copies, args)
 	}
 	return 0, errors.New(usage)
 }
 
 // inMachine runs a command in a virtual machine of its own.
-func inMachine(ctx context.Context, args []string) (code int, err error) {
+func inMachine(ctx context.Context, copies, args []string) (code int, err error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return 0, err
 	}
-	return node.Machine{Source: top(dir), Dir: dir, Args: args, Output: os.Stdout}.Run(ctx)
+	return node.Machine{Source: top(dir), Dir: dir, Copies: copies, Args: args, Output: os.Stdout}.Run(ctx)
 }
 
 // inNode runs a command in a node of its own.
