@@ -63,7 +63,7 @@ func TestPackage(t *testing.T) {
 			if now := property(t, kubelet.Service, "MainPID"); now != pid {
 				t.Errorf("the kubelet is process %s, and was %s", now, pid)
 			}
-			if s := status(t, kubelet.Disabled); s.Endpoint.Source != "--container-runtime-endpoint in /var/lib/kubelet/kubeadm-flags.env" {
+			if s := kubeletStatus(t, kubelet.Disabled); s.Endpoint.Source != "--container-runtime-endpoint in /var/lib/kubelet/kubeadm-flags.env" {
 				t.Errorf("status is %+v", s)
 			}
 		}},
@@ -82,7 +82,7 @@ func TestPackage(t *testing.T) {
 			if err := os.Remove(stubborn); err != nil {
 				t.Fatal(err)
 			}
-			if s := status(t, kubelet.Disabled); s.DropIn != "" {
+			if s := kubeletStatus(t, kubelet.Disabled); s.DropIn != "" {
 				t.Errorf("status is %+v", s)
 			}
 			meet(t, n)
@@ -92,7 +92,7 @@ func TestPackage(t *testing.T) {
 		}},
 		{"the kubelet's checkpoint", func(t *testing.T) {
 			output(t, "crishim", "kubelet", "enable")
-			status(t, kubelet.Enabled)
+			kubeletStatus(t, kubelet.Enabled)
 			k := meet(t, n)
 			paths, err := k.Checkpoint(t.Context(), k.PodName("counter"), "counter", 0)
 			if err != nil || len(paths) != 1 {
@@ -110,22 +110,22 @@ func TestPackage(t *testing.T) {
 			if now := property(t, kubelet.Service, "MainPID"); now != kubeletPid {
 				t.Errorf("the kubelet is process %s, and was %s", now, kubeletPid)
 			}
-			wait(t, "the kubelet to be connected again", func() bool { return status(t, kubelet.Enabled).Connected })
+			wait(t, "the kubelet to be connected again", func() bool { return kubeletStatus(t, kubelet.Enabled).Connected })
 		}},
 		{"what wins later is noticed", func(t *testing.T) {
 			// Variables do not.
 			was := change(t, extraArgs, "KUBELET_EXTRA_ARGS=\"", "KUBELET_EXTRA_ARGS=\"--container-runtime-endpoint=unix:///run/containerd/containerd.sock ")
 			systemctl(t, "restart", kubelet.Service)
-			wait(t, "the kubelet to be connected", func() bool { return status(t, kubelet.Enabled).Connected })
+			wait(t, "the kubelet to be connected", func() bool { return kubeletStatus(t, kubelet.Enabled).Connected })
 			write(t, extraArgs, was)
 			// A later drop-in does.
 			other := filepath.Join(filepath.Dir(dropIn), "90-other.conf")
 			_, line, _ := strings.Cut(read(t, kubeadm), "ExecStart=\n")
 			write(t, other, "[Service]\nExecStart=\n"+line)
 			systemctl(t, "daemon-reload")
-			status(t, kubelet.Overwritten)
+			kubeletStatus(t, kubelet.Overwritten)
 			systemctl(t, "restart", kubelet.Service)
-			if s := status(t, kubelet.Overwritten); s.Endpoint.Value != "unix:///run/containerd/containerd.sock" || len(s.Notes) == 0 {
+			if s := kubeletStatus(t, kubelet.Overwritten); s.Endpoint.Value != "unix:///run/containerd/containerd.sock" || len(s.Notes) == 0 {
 				t.Errorf("status is %+v", s)
 			}
 			if err := os.Remove(other); err != nil {
@@ -133,14 +133,14 @@ func TestPackage(t *testing.T) {
 			}
 			systemctl(t, "daemon-reload")
 			output(t, "crishim", "kubelet", "enable")
-			status(t, kubelet.Enabled)
+			kubeletStatus(t, kubelet.Enabled)
 		}},
 		{"it does not go before the kubelet can do without", func(t *testing.T) {
 			content := change(t, dropIn, "[Service]\n", "[Service]\nCPUWeight=50\n")
 			systemctl(t, "daemon-reload")
 			refused(t, "crishim is not removed", "dpkg", "--remove", "crishim")
 			systemctl(t, "is-active", "crishim.socket", "crishim.service")
-			status(t, kubelet.Enabled)
+			kubeletStatus(t, kubelet.Enabled)
 			write(t, dropIn, content)
 			systemctl(t, "daemon-reload")
 		}},
@@ -256,8 +256,8 @@ exec `+node.KubeletPath+` "$@"
 	systemctl(t, "daemon-reload")
 }
 
-// status is what crishim kubelet status says, and fails the test unless the state is the one that is wanted.
-func status(t *testing.T, want string) kubelet.Status {
+// kubeletStatus is what crishim kubelet status says, and fails the test unless the state is the one that is wanted.
+func kubeletStatus(t *testing.T, want string) kubelet.Status {
 	t.Helper()
 	var s kubelet.Status
 	out, err := exec.Command("crishim", "kubelet", "status", "--output", "json").Output()
