@@ -73,7 +73,7 @@ func Open(ctx context.Context, file *os.File, look Look) (*Archive, error) {
 	return a, nil
 }
 
-// Member returns a member's bytes, nil if there is none of that name. Only one member of an archive may be read at a time.
+// Member returns a member's bytes, nil if there is none of that name. Several may be read by turns, but in one goroutine.
 func (a *Archive) Member(name string) (*io.SectionReader, error) {
 	extent, ok := a.extents[name]
 	if !ok {

@@ -67,10 +67,10 @@ func TestOpenTellsWhatIsWrong(t *testing.T) {
 			test.want = "was not there when crishim wrote" // the other thing that is wrong with it
 		}
 		for form, data := range map[string][]byte{"plain": test.data, "frames": zstdOf(t, test.data, 1000), "one piece": zstdOf(t, test.data, 0)} {
+			if name == "compressed" && form != "plain" {
+				continue // twice
+			}
 			t.Run(name+", "+form, func(t *testing.T) {
-				if name == "compressed" && form != "plain" {
-					t.Skip("compressed twice")
-				}
 				_, err := Open(t.Context(), fileWith(t, data), nil)
 				if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
 					t.Errorf("error is %v, want %q", err, test.want)
