@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"github.com/sirupsen/logrus/hooks/test"
@@ -222,6 +223,16 @@ func TestCancelRollsBack(t *testing.T) {
 		t.Fatalf("in flight is %v", flying)
 	}
 	id := flying.GetCheckpoint().GetId()
+	// The dump is held: nothing but its clock goes on, and is told of all the same.
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		all := b.list(t)
+		if now := all[len(all)-1].GetProgress(); now.GetFrozenUs() > flying.GetProgress().GetFrozenUs()+50000 && now.GetBytes() > 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("10 s later it is no further than %v", flying.GetProgress())
+		}
+	}
 	if _, err := b.Delete(t.Context(), &crishimv1.DeleteRequest{Id: id}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("to delete one in flight gives %v", err)
 	}
