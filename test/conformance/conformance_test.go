@@ -82,8 +82,5 @@ func runSuite(t *testing.T, crishim string, args ...string) map[string]outcome {
 			t.Logf("%s, %s: %s: %s", way, name, o.state, o.why)
 		}
 	}
-	if err := n.Stop(); err != nil {
-		t.Error(err)
-	}
 	return outcomes
 }
