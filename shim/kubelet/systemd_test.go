@@ -2,6 +2,7 @@ package kubelet
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"net"
 	"os"
@@ -35,9 +36,9 @@ func (f *fakeSystemd) Unit(context.Context) (*Unit, error) {
 	return &unit, nil
 }
 
-func (f *fakeSystemd) Reload(context.Context) error {
-	if f.failing != nil {
-		return f.failing
+func (f *fakeSystemd) Reload(ctx context.Context) error {
+	if err := errors.Join(f.failing, ctx.Err()); err != nil {
+		return err
 	}
 	fresh := Unit{State: f.unit.State, Running: f.unit.Running, Pid: f.unit.Pid, Args: f.unit.Args}
 	dropIns := map[string]string{} // the same name in /etc hides the other
@@ -82,7 +83,10 @@ func (f *fakeSystemd) Reload(context.Context) error {
 	return nil
 }
 
-func (f *fakeSystemd) Restart(context.Context) error {
+func (f *fakeSystemd) Restart(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	f.restarts++
 	f.stop()
 	words, err := f.node.commandLine(&f.unit)
