@@ -17,6 +17,7 @@ import (
 // upgrade has systemd restart crishim, as the installation of another version does, while 20 pods are there, come and go, and one of them is
 // dumped. No pod is any the worse for it, and the kubelet finds its node ready all the time.
 func upgrade(t *testing.T, n *node.Node) {
+	systemctl(t, "start", "kubelet.service") // where this part runs alone
 	k := meet(t, n)
 	names := func(kind string, count int) (all []string) {
 		for i := range count {
@@ -25,7 +26,7 @@ func upgrade(t *testing.T, n *node.Node) {
 		return all
 	}
 	stay, leave, come := names("stays", 6), names("leaves", 6), names("comes", 8)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	for _, name := range append(leave, stay...) {
 		pod := node.Pod{Name: name}
