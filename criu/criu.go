@@ -163,13 +163,15 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 		err = cleanupErr
 	}
 	killed := killedBy(cleanupErr)
+	var done string
 	var left error
 	switch {
 	case killed != 0:
 		err = d.repair(ctx, killed, begin)
-	case network != skipNetworkLock && (err != nil || d.Container.ended()):
-		// criu goes into the network by way of init, and cannot unlock it for the rest of the pod once that has ended. It does not say so.
-		_, left = d.leftovers(begin).unlock(context.WithoutCancel(ctx))
+	case err != nil || d.Container.ended():
+		// At the end of a process that it has seized, criu exits at once. And it goes into the network by way of init, and cannot unlock it
+		// for the rest of the pod once that has ended. It says neither.
+		done, left = d.leftovers(begin).Remove(context.WithoutCancel(ctx))
 	}
 	hook.running.Wait()
 	switch {
@@ -181,8 +183,14 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	default:
 		err = d.diagnose(err)
 	}
-	if left != nil {
+	switch {
+	case left != nil:
+		if err == nil {
+			err = errors.New("the container has ended in mid-dump")
+		}
 		return fmt.Errorf("%w; %w: %w", err, ErrLeft, left)
+	case err != nil && done != "":
+		return fmt.Errorf("%w; criu has not rolled back: crishim %s; the container may have been changed by criu: restart it if it misbehaves", err, done)
 	}
 	return err
 }

@@ -168,6 +168,11 @@ var limits = []Limit{
 		Advice: "it waits for a disk, a file server or a child that it has given its place to; try again when it goes on",
 	},
 	{
+		Name: "process that ends in mid-dump", Kind: Busy,
+		Advice:  "a process of the container has ended meanwhile: try again; look into the kernel's log whether memory was short",
+		pattern: regexp.MustCompile(`(?:exited with|was killed by) \d+ unexpectedly`),
+	},
+	{
 		Name: "process that does not stop", Kind: Busy,
 		Advice:  "the container was thawed after 10 s; try again later",
 		pattern: regexp.MustCompile(`Unable to freeze cgroup|Timeout reached|Unseizable non-zombie (?P<pid>\d+) found`),

@@ -156,7 +156,8 @@ var limits = map[string]limit{
 
 // elsewhere are rows that other tests of this package bring about.
 var elsewhere = map[string]string{
-	"full disk": "TestADiskThatIsTooSmall",
+	"full disk":                     "TestADiskThatIsTooSmall",
+	"process that ends in mid-dump": "TestAProcessEndsInMidDump of test/crash",
 	"TCP connection, and no means to lock the network": "TestTheNetworkLock",
 	"TCP connection, where none are wanted":            "TestConnectionsThatAreRefused",
 	"no CRIU, or one that is too old":                  "TestWithoutCRIU",

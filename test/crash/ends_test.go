@@ -149,3 +149,26 @@ func (b *bed) dead(c subject) {
 		}
 	}
 }
+
+// One of the container's processes is killed in mid-dump, as for want of memory. The others go on.
+func TestAProcessEndsInMidDump(t *testing.T) {
+	b := newBed(t, "failpoint")
+	c := b.run(64)
+	ended, letGo := b.hold(c, step{name: midDump})
+	b.sh("pkill -KILL -f '^workload tcp'")
+	since := time.Now()
+	letGo()
+	err := <-ended
+	t.Logf("the answer: %v", err)
+	if status.Code(err) != codes.Aborted || !strings.Contains(err.Error(), "a process of the container has ended meanwhile: try again") {
+		t.Errorf("the answer is %v, want Aborted and what to do", err)
+	}
+	b.settled(c, since, true)
+	if b.takeArchive() {
+		t.Error("there is an archive")
+	}
+	if err := <-b.checkpoint(c); err != nil {
+		t.Errorf("the next checkpoint: %v", err)
+	}
+	b.takeArchive()
+}
