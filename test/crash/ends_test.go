@@ -154,7 +154,7 @@ func (b *bed) dead(c subject) {
 func TestAProcessEndsInMidDump(t *testing.T) {
 	b := newBed(t, "failpoint")
 	c := b.run(64)
-	ended, letGo := b.hold(c, step{name: midDump})
+	ended, letGo := b.hold(c, node.Step{Name: node.MidDump})
 	b.sh("pkill -KILL -f '^workload tcp'")
 	since := time.Now()
 	letGo()
