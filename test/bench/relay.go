@@ -95,7 +95,8 @@ func measureRelay(ctx context.Context, s settings) (_ *relayResults, err error) 
 		socket := filepath.Join(dir, "proxy-"+peer[1]+".sock")
 		command := []string{self, peer[1], socket, fakeSocket}
 		if peer[1] == "" {
-			command = []string{s.crishim, "serve", "--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + fakeSocket}
+			command = []string{s.crishim, "serve", "--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + fakeSocket,
+				"--state-dir", filepath.Join(dir, "state"), "--admin-socket", ""}
 		}
 		if w.process, err = startProcess(ctx, socket, command...); err != nil {
 			return nil, err

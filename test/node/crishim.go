@@ -66,8 +66,12 @@ func (n *Node) StartCrishimAt(ctx context.Context, name, socket, binary string, 
 	if err != nil {
 		return nil, fmt.Errorf("start crishim: %w", err)
 	}
+	admin := "unix:///run/crishim/admin.sock" // the default
+	if name != "crishim" {
+		admin = "unix:///run/" + name + "/admin.sock"
+	}
 	daemon, err := n.StartDaemon(name, confine[0], slices.Concat(confine[1:], []string{target, "serve",
-		"--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + ContainerdSocket, "--state-dir", CrishimState(name)}, args)...)
+		"--listen", "unix://" + socket, "--runtime-endpoint", "unix://" + ContainerdSocket, "--state-dir", CrishimState(name), "--admin-socket", admin}, args)...)
 	if err != nil {
 		return nil, err
 	}
