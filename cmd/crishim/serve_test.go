@@ -88,7 +88,7 @@ func TestReload(t *testing.T) {
 	configure("crishim.sock", `log_level = "info"`)
 	log := &output{}
 	root := rootCommand()
-	root.SetArgs([]string{"serve", "--config", file, "--compression", "none"})
+	root.SetArgs([]string{"serve", "--config", file, "--compression", "none", "--admin-socket", ""})
 	root.SetErr(log)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
