@@ -61,6 +61,9 @@ func tryOut(f *os.File, block int64) abilities {
 	return can
 }
 
+// writeChunk is how much the kernel is told to write to disk between two looks at the context.
+const writeChunk = 64 << 20
+
 // startWriteBack has the kernel write those files to disk whose blocks become the archive's, beside all else that is to be done
 // with them. Others must not be written before they are deleted. It is only a hint: errors show up where
 // it matters.
@@ -80,8 +83,8 @@ func (a *assembly) startWriteBack(ctx context.Context, done *sync.WaitGroup, can
 			if err != nil {
 				continue // in the archive already, or insert tells
 			}
-			for offset := int64(0); offset < m.size && ctx.Err() == nil; offset += copyChunk {
-				_ = unix.SyncFileRange(int(f.Fd()), offset, copyChunk, unix.SYNC_FILE_RANGE_WRITE)
+			for offset := int64(0); offset < m.size && ctx.Err() == nil; offset += writeChunk {
+				_ = unix.SyncFileRange(int(f.Fd()), offset, writeChunk, unix.SYNC_FILE_RANGE_WRITE)
 			}
 			f.Close()
 		}
@@ -133,12 +136,13 @@ func (p *plain) insert(ctx context.Context, s *Staging, a *assembly) (err error)
 	if err := makePrivate(f, 0o600); err != nil {
 		return err
 	}
-	// The kernel writes the whole file to disk before it inserts, and forgets what it has of it in memory. So the digest is
-	// waited for first; and the disk, since this can be stopped and that cannot.
-	if err := wait(ctx, f, m.size); err != nil {
+	// The kernel writes the whole file to disk before it inserts, and forgets what it has of it in memory. So both is done first, piece by piece and
+	// when the digest has been read: this can be stopped, that cannot, and beside all else it takes less time.
+	sum := a.sums[m.name]
+	if err := settle(ctx, f, m.size, sum); err != nil {
 		return err
 	}
-	if sum := a.sums[m.name]; sum != nil {
+	if sum != nil {
 		if _, err := sum.wait(); err != nil {
 			return err
 		}
@@ -161,8 +165,8 @@ func (p *plain) insert(ctx context.Context, s *Staging, a *assembly) (err error)
 	return nil
 }
 
-// wait waits until a file is on the disk.
-func wait(ctx context.Context, f *os.File, size int64) error {
+// settle waits until a file is on the disk, and sum, if not nil, has read it, and has the kernel let go of what it has of it in memory.
+func settle(ctx context.Context, f *os.File, size int64, sum *sum) error {
 	const writeAndWait = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
 	for offset := int64(0); offset < size; offset += copyChunk {
 		if ctx.Err() != nil {
@@ -171,6 +175,10 @@ func wait(ctx context.Context, f *os.File, size int64) error {
 		if err := unix.SyncFileRange(int(f.Fd()), offset, copyChunk, writeAndWait); err != nil {
 			return &os.PathError{Op: "sync_file_range", Path: f.Name(), Err: err}
 		}
+		if sum != nil {
+			sum.next()
+		}
+		_ = unix.Fadvise(int(f.Fd()), offset, copyChunk, unix.FADV_DONTNEED) // a hint: what it keeps, it forgets later
 	}
 	return nil
 }
