@@ -76,6 +76,7 @@ func (p *clientPump) run() error {
 		} else {
 			err = p.frame(f)
 		}
+		l.client.conn.gather = len(l.streams) >= crowd
 		l.mu.Unlock()
 		if err != nil {
 			return err

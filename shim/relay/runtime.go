@@ -69,6 +69,7 @@ func (l *link) fromRuntime(in *frameReader) error {
 		} else {
 			err = l.runtimeFrame(f)
 		}
+		l.runtime.conn.gather = len(l.streams) >= crowd
 		l.mu.Unlock()
 		if err != nil {
 			return err

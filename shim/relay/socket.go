@@ -21,6 +21,8 @@ type socket struct {
 	raw     syscall.RawConn
 	in, out transfer
 	idle    func() // called before a Read waits
+	// gather has a Read let other processes go first, so that there is more to read at once. It is the reader's to set.
+	gather bool
 }
 
 // transfer is a Read or a Write in progress.
@@ -76,6 +78,9 @@ func (t *transfer) run(name string, wait func(func(uintptr) bool) error, b []byt
 
 func (s *socket) receive(fd uintptr) bool {
 	t := &s.in
+	if s.gather {
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) // which cannot fail
+	}
 	for {
 		n, errno := t.call(unix.SYS_RECVFROM, fd, unix.MSG_DONTWAIT)
 		switch errno {
