@@ -2,8 +2,10 @@ package relay
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 )
@@ -157,16 +159,16 @@ func (p *clientPump) headers(r *request) error {
 	case r.large:
 		l.client.send(appendReset(nil, r.id, http2.ErrCodeEnhanceYourCalm))
 	case r.bad != "":
-		l.s.cfg.Log.Warnf("refused a stream with %s", r.bad)
+		l.s.repeats.say(logrus.WarnLevel, "refused a stream", errors.New(r.bad))
 		l.client.send(appendReset(nil, r.id, http2.ErrCodeProtocol))
 	case handler != nil:
 		return l.open(r, handler)
 	case !l.attached:
-		st := &stream{asked: r.end}
+		st := &stream{asked: r.end, counters: l.s.opened(r.path)}
 		l.streams[r.id] = st
 		l.finish(r.id, st, unavailable, l.cause)
 	default:
-		l.streams[r.id] = &stream{asked: r.end, endless: l.s.endless[r.path]}
+		l.streams[r.id] = &stream{asked: r.end, endless: l.s.endless[r.path], counters: l.s.opened(r.path)}
 		l.runtime.add(p.forward(r))
 	}
 	return nil
@@ -249,6 +251,9 @@ func (l *link) clientData(f frame, st *stream) error {
 		return &connError{http2.ErrCodeStreamClosed, fmt.Sprintf("DATA on stream %d after its end", f.id)}
 	}
 	n, end := int64(len(f.payload())), f.has(http2.FlagDataEndStream)
+	if st != nil {
+		st.counters.requests.Add(n)
+	}
 	if st != nil && st.served == nil {
 		st.asked = end
 		l.uploaded += n

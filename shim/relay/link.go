@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/net/http2"
 )
 
@@ -61,6 +62,7 @@ type link struct {
 // A stream is one that both sides may still send on.
 type stream struct {
 	served   *exchange // nil: relayed
+	counters *counters // of its path
 	endless  bool
 	asked    bool // the client sent END_STREAM
 	answered bool // response headers have passed
@@ -104,10 +106,13 @@ func (l *link) run() {
 	if err != nil {
 		l.cause = fmt.Sprintf("the container runtime is away (%v): start it, or correct the endpoint in the configuration", err)
 		if !l.s.away.Swap(true) {
+			// Each of the two comes once, after the other, and not before a client was held: the log tells at any time how it is.
 			l.s.cfg.Log.WithError(err).Warn("the runtime is away: answering calls with UNAVAILABLE until it is back")
+			l.s.tellAway(err)
 		}
 	} else if l.s.away.Swap(false) {
 		l.s.cfg.Log.Info("the runtime is back")
+		l.s.tellAway(nil)
 	}
 	l.relay(in, settings, runtime)
 }
@@ -257,7 +262,7 @@ func (l *link) relay(in *frameReader, settings frame, runtime *upstream) {
 	l.mu.Lock()
 	var broken *connError
 	if errors.As(err, &broken) {
-		l.s.cfg.Log.WithError(err).Warn("the client broke HTTP/2: closing its connection")
+		l.s.repeats.say(logrus.WarnLevel, "a client broke HTTP/2: closing its connection", err)
 		l.client.send(appendGoAway(nil, l.last, broken.code, []byte(broken.reason)))
 	}
 	l.end()

@@ -4,33 +4,29 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"time"
+	"sync/atomic"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
 
-// refusalLog is how often refused peers are logged.
-const refusalLog = time.Minute
-
 // RootOnly returns a listener that hands out only connections from processes
 // that ran as root when they connected, by SO_PEERCRED; others are closed and
-// counted, and logged at most once a minute with how many there were since when. It is for Unix sockets: a connection without
-// peer credentials is refused too. Accept must not be called concurrently.
-func RootOnly(l net.Listener, log logrus.FieldLogger) net.Listener {
-	return &rootOnly{Listener: l, log: log, since: time.Now(), every: refusalLog}
+// counted, and logged at most once a minute with how many there were since. It is for Unix sockets: a connection without
+// peer credentials is refused too.
+func RootOnly(l net.Listener, log logrus.FieldLogger) *RootListener {
+	return &RootListener{Listener: l, repeats: newRepeats(log)}
 }
 
-type rootOnly struct {
+// A RootListener is what RootOnly returns.
+type RootListener struct {
 	net.Listener
-	log     logrus.FieldLogger
-	every   time.Duration
-	logged  time.Time // zero before the first entry
-	since   time.Time // when refused was 0
-	refused int
+	repeats *repeats
+	refused atomic.Int64
 }
 
-func (l *rootOnly) Accept() (net.Conn, error) {
+// Accept is as in net.Listener.
+func (l *RootListener) Accept() (net.Conn, error) {
 	for {
 		conn, err := l.Listener.Accept()
 		if err != nil {
@@ -40,14 +36,13 @@ func (l *rootOnly) Accept() (net.Conn, error) {
 			return conn, nil
 		}
 		conn.Close()
-		l.refused++
-		if now := time.Now(); now.Sub(l.logged) >= l.every {
-			l.log.WithError(err).Warnf("refused a connection: only root may use this socket (%d refused since %s)",
-				l.refused, l.since.Format(time.RFC3339))
-			l.logged, l.since, l.refused = now, now, 0
-		}
+		l.refused.Add(1)
+		l.repeats.say(logrus.WarnLevel, "refused a connection: only root may use this socket", err)
 	}
 }
+
+// Refused is how many connections were refused. It may be called at any time.
+func (l *RootListener) Refused() int64 { return l.refused.Load() }
 
 func checkRoot(conn net.Conn) error {
 	peer, err := PeerOf(conn)

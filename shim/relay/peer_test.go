@@ -98,16 +98,19 @@ func TestRootOnly(t *testing.T) {
 	}
 
 	// The next entry has those that went unlogged.
-	l.(*rootOnly).every = 0
+	l.repeats.every = 0
 	go l.Accept() // ends with the listener
 	if code := try(65534); code != 7 {
 		t.Errorf("another user: exit code %d, want a closed connection", code)
 	}
 	waitFor(t, "log entry", func() bool { return len(hook.AllEntries()) == 2 })
-	for i, want := range []string{"(1 refused since 20", "(3 refused since 20"} {
+	for i, want := range []string{"only root may use this socket", "only root may use this socket (and 2 more since 20"} {
 		if entry := hook.AllEntries()[i]; !strings.Contains(entry.Message, want) {
 			t.Errorf("log entry %d is %q, want %q", i, entry.Message, want)
 		}
+	}
+	if n := l.Refused(); n != 4 {
+		t.Errorf("%d refusals were counted, want 4", n)
 	}
 }
 

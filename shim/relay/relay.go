@@ -61,6 +61,14 @@ type Config struct {
 	// once instead of waiting.
 	Endless []string
 
+	// Counted are the :paths of which Stats tells each by itself, such as those
+	// that are known to be called. Clients choose paths: all others count as one.
+	Counted []string
+
+	// Away, if not nil, is told when the runtime could not be reached, and why,
+	// and with nil when it could be again. It must not block.
+	Away func(cause error)
+
 	// Hold is how long a new connection waits for a runtime that is not there
 	// before its calls are answered with "unavailable". 0 means 3 s.
 	Hold time.Duration
@@ -75,6 +83,11 @@ type Server struct {
 	endless map[string]bool
 	served  chan struct{} // one slot for each handler that runs
 	away    atomic.Bool   // the runtime, for the log
+	repeats *repeats
+
+	accepted atomic.Int64
+	counted  map[string]*counters // not changed after New
+	others   *counters
 
 	// lastWrite is how long the last frames of a connection may take, and how
 	// long handlers have to return once their requests are cancelled.
@@ -107,6 +120,9 @@ func New(cfg Config) *Server {
 		cfg:       cfg,
 		endless:   map[string]bool{},
 		served:    make(chan struct{}, maxServed),
+		repeats:   newRepeats(cfg.Log),
+		counted:   map[string]*counters{},
+		others:    &counters{},
 		lastWrite: time.Second,
 		awayTime:  500 * time.Millisecond,
 		listeners: map[net.Listener]bool{},
@@ -114,6 +130,9 @@ func New(cfg Config) *Server {
 	}
 	for _, path := range cfg.Endless {
 		s.endless[path] = true
+	}
+	for _, path := range cfg.Counted {
+		s.counted[path] = &counters{}
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -147,7 +166,7 @@ func (s *Server) Serve(l net.Listener) error {
 			return fmt.Errorf("accept: %w", err)
 		}
 		if err != nil {
-			s.cfg.Log.WithError(err).Warn("accept a connection: trying again")
+			s.repeats.say(logrus.WarnLevel, "accept a connection: trying again", err)
 			select {
 			case <-s.ctx.Done():
 			case <-time.After(100 * time.Millisecond):
@@ -167,6 +186,12 @@ func (s *Server) handler(path string) http.Handler {
 	return handler
 }
 
+func (s *Server) tellAway(cause error) {
+	if s.cfg.Away != nil {
+		s.cfg.Away(cause)
+	}
+}
+
 func (s *Server) isClosed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -177,7 +202,7 @@ func (s *Server) isClosed() bool {
 func (s *Server) start(conn net.Conn) {
 	socket, err := newSocket(conn)
 	if err != nil {
-		s.cfg.Log.WithError(err).Error("closing a connection")
+		s.repeats.say(logrus.ErrorLevel, "closing a connection", err)
 		conn.Close()
 		return
 	}
@@ -189,6 +214,7 @@ func (s *Server) start(conn net.Conn) {
 		return
 	}
 	s.links[l] = true
+	s.accepted.Add(1)
 	s.wg.Add(1)
 	go func() {
 		defer s.wg.Done()

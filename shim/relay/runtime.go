@@ -7,6 +7,7 @@ import (
 	"io"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/net/http2"
 )
 
@@ -22,7 +23,7 @@ func (l *link) pumpRuntime(in *frameReader) {
 	}
 	var broken *connError
 	if errors.As(err, &broken) {
-		l.s.cfg.Log.WithError(err).Warn("the runtime broke HTTP/2: closing its connection")
+		l.s.repeats.say(logrus.WarnLevel, "the runtime broke HTTP/2: closing its connection", err)
 		l.runtime.conn.SetWriteDeadline(time.Now().Add(l.s.lastWrite))
 		l.runtime.send(appendGoAway(nil, 0, broken.code, []byte(broken.reason)))
 		l.flushAll(&l.runtime)
@@ -65,7 +66,7 @@ func (l *link) fromRuntime(in *frameReader) error {
 			return nil
 		}
 		if h.raw != nil {
-			l.answer(h.id, h.raw, h.end)
+			l.answer(h.id, h.raw, h.end, 0)
 		} else {
 			err = l.runtimeFrame(f)
 		}
@@ -79,15 +80,16 @@ func (l *link) fromRuntime(in *frameReader) error {
 
 // The functions below are called with l.mu held.
 
-// answer passes DATA or headers of an answer, as they came: with a dynamic
+// answer passes DATA, of so many bytes, or headers of an answer, as they came: with a dynamic
 // table of size 0 a header block means the same whatever was sent before it.
-func (l *link) answer(id uint32, raw []byte, end bool) {
+func (l *link) answer(id uint32, raw []byte, end bool, bytes int64) {
 	st := l.streams[id]
 	if st == nil || st.served != nil || st.done {
 		return // the client has given it up
 	}
 	st.answered = true
 	st.done = end
+	st.counters.responses.Add(bytes)
 	l.deliver(id, raw)
 	l.forgetIfOver(id, st)
 }
@@ -98,10 +100,11 @@ func (l *link) runtimeFrame(f frame) error {
 		if _, err := f.data(); err != nil {
 			return err
 		}
-		if err := l.account.charge(len(f.payload())); err != nil {
+		n := len(f.payload())
+		if err := l.account.charge(n); err != nil {
 			return err
 		}
-		l.answer(f.id, f.raw, f.has(http2.FlagDataEndStream))
+		l.answer(f.id, f.raw, f.has(http2.FlagDataEndStream), int64(n))
 		if l.settle() { // it was dropped, or held without its padding
 			l.runtime.nudge()
 		}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -63,11 +64,12 @@ func (l *link) open(r *request, handler http.Handler) error {
 		ctx = context.WithValue(ctx, peerKey{}, peer)
 	}
 	x := &exchange{l: l, id: r.id, handler: handler, cancel: cancel, window: l.initial, header: http.Header{}}
-	x.st = &stream{served: x, asked: r.end}
+	x.st = &stream{served: x, asked: r.end, counters: l.s.opened(r.path)}
+	x.st.counters.served.Add(1)
 	var err error
 	if x.req, err = newRequest(ctx, r.fields); err != nil {
 		cancel()
-		l.s.cfg.Log.WithError(err).Warn("refused a request")
+		l.s.repeats.say(logrus.WarnLevel, "refused a request", err)
 		l.client.send(appendReset(nil, r.id, http2.ErrCodeProtocol))
 		return nil
 	}
@@ -192,7 +194,7 @@ func (x *exchange) serve() {
 	defer func() {
 		if p := recover(); p != nil {
 			if p != http.ErrAbortHandler {
-				x.l.s.cfg.Log.Errorf("handler of %s panicked: %v\n%s", x.req.URL.Path, p, debug.Stack())
+				x.l.s.repeats.say(logrus.ErrorLevel, "a handler panicked", fmt.Errorf("serve %s: %v\n%s", x.req.URL.Path, p, debug.Stack()))
 			}
 			x.reset()
 		}
@@ -312,6 +314,7 @@ func (x *exchange) send(end bool, trailers []hpack.HeaderField) error {
 		case n > 0:
 			l.account.window -= n
 			x.window -= n
+			x.st.counters.responses.Add(n)
 			rest := x.out[n:]
 			l.client.add(appendData(nil, x.id, x.out[:n], end && len(rest) == 0 && len(trailers) == 0))
 			x.out = x.out[:copy(x.out, rest)]
