@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
 	"crishim/shim/archive"
+	"crishim/shim/monitor"
 	"crishim/shim/retention"
 )
 
@@ -56,9 +58,10 @@ func (p *Planned) Close() error { return p.dir.Close() }
 
 // retainer removes old archives in a goroutine of its own. changed and written may be called at any time by anybody.
 type retainer struct {
-	rules atomic.Pointer[Retention]
-	wake  chan struct{}
-	log   logrus.FieldLogger
+	rules   atomic.Pointer[Retention]
+	wake    chan struct{}
+	monitor *monitor.Monitor // is told of what there is, and what is removed; set before run
+	log     logrus.FieldLogger
 }
 
 func newRetainer(rules Retention, log logrus.FieldLogger) *retainer {
@@ -70,11 +73,11 @@ func newRetainer(rules Retention, log logrus.FieldLogger) *retainer {
 // changed has all directories looked at by other rules.
 func (r *retainer) changed(rules Retention) {
 	r.rules.Store(&rules)
-	r.written("")
+	r.written()
 }
 
 // written has all directories looked at, since an archive has come to one of them.
-func (r *retainer) written(string) {
+func (r *retainer) written() {
 	select {
 	case r.wake <- struct{}{}:
 	default: // it will look anyway
@@ -86,6 +89,7 @@ func (r *retainer) run(ctx context.Context) {
 	const interval = time.Hour
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
+	var before []string
 	for {
 		select {
 		case <-ctx.Done():
@@ -94,6 +98,12 @@ func (r *retainer) run(ctx context.Context) {
 		case <-ticker.C:
 		}
 		rules := r.rules.Load()
+		for _, path := range before {
+			if !slices.Contains(rules.Directories, path) {
+				r.monitor.Forget(path)
+			}
+		}
+		before = rules.Directories
 		for _, path := range rules.Directories {
 			if ctx.Err() == nil {
 				r.directory(*rules, path)
@@ -107,9 +117,11 @@ func (r *retainer) directory(rules Retention, path string) {
 	plan, err := rules.Plan(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		log.Debug("retention: there is no such directory (yet)")
+		r.monitor.Forget(path)
 		return
 	}
 	if err != nil {
+		r.monitor.NotRemoved()
 		log.Warnf("retention: nothing is removed there: %v", err)
 		return
 	}
@@ -117,6 +129,11 @@ func (r *retainer) directory(rules Retention, path string) {
 	for _, f := range plan.Foreign {
 		log.WithField("file", f.Name).Debugf("retention: passed over: %v", f.Reason)
 	}
+	archives, bytes := len(plan.Archives), int64(0)
+	for _, a := range plan.Archives {
+		bytes += a.Size
+	}
+	defer func() { r.monitor.Retained(path, archives, bytes) }()
 	if rules.DryRun {
 		for _, removal := range plan.Removals {
 			r.removal(log, removal).Info("retention would remove an archive, and does not: dry_run is set")
@@ -125,9 +142,12 @@ func (r *retainer) directory(rules Retention, path string) {
 	}
 	err = retention.Apply(plan.dir, plan.Removals, func(removal retention.Removal, err error) {
 		if err != nil {
+			r.monitor.NotRemoved()
 			r.removal(log, removal).Warnf("retention has left an archive: %v", err)
 			return
 		}
+		r.monitor.Removed(removal.Size)
+		archives, bytes = archives-1, bytes-removal.Size
 		r.removal(log, removal).Info("retention has removed an archive")
 	})
 	if err != nil {

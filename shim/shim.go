@@ -25,6 +25,7 @@ import (
 	"crishim/shim/admin"
 	"crishim/shim/archive"
 	"crishim/shim/checkpoint"
+	"crishim/shim/monitor"
 	"crishim/shim/relay"
 )
 
@@ -33,7 +34,9 @@ type Config struct {
 	Listen          string // endpoint for the kubelet: unix:///path or a path; not used where systemd hands a socket over
 	RuntimeEndpoint string // of the runtime, in the same form
 	Admin           string // endpoint of crishim's own API, in the same form; empty for none
+	Metrics         string // where metrics and health are served: a Unix socket in the same form, or an address of the loopback interface; empty for nowhere
 	Version         string // of crishim: archives say what has made them
+	Commit          string // that it was built of
 	State           string // directory for the records of checkpoints in flight and for their history; no other crishim uses it
 	Log             logrus.FieldLogger
 
@@ -70,6 +73,11 @@ func (c Config) Validate() error {
 	if _, err := socketPath(c.Listen); err != nil {
 		return fmt.Errorf("parse listen address: %w", err)
 	}
+	if c.Metrics != "" {
+		if _, err := monitor.ParseAddress(c.Metrics); err != nil {
+			return fmt.Errorf("parse metrics: %w", err)
+		}
+	}
 	return c.Mode.validate()
 }
 
@@ -94,10 +102,18 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer runtime.Close()
+	var seen *monitor.Monitor // made of all that follows, before any of that is started
 	retainer := newRetainer(config.Retention, config.Log)
 	base := checkpoint.Config{
 		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
-		Version: config.Version, State: config.State, Log: config.Log, Written: retainer.written,
+		Version: config.Version, State: config.State, Log: config.Log,
+		Ended: func(c *crishimv1.Checkpoint, cause string) {
+			seen.Ended(c, cause)
+			if cause == "" {
+				retainer.written()
+			}
+		},
+		Repaired: func(left error) { seen.Repaired(left) },
 	}
 	checkpoints := checkpoint.New(config.checkpoint(base))
 	route := newRoute(runtime, config.Mode, config.Log)
@@ -112,11 +128,28 @@ func Run(ctx context.Context, config Config) error {
 		Handlers: map[string]http.Handler{runtimeapi.RuntimeService_CheckpointContainer_FullMethodName: withCaller(server)},
 		Passes:   route.passes,
 		Endless:  []string{runtimeapi.RuntimeService_GetContainerEvents_FullMethodName},
+		Counted:  criMethods(),
+		Away:     func(cause error) { seen.Away(cause) },
 		Log:      config.Log,
 	})
+	root := relay.RootOnly(listener, config.Log)
+	seen = monitor.New(monitor.Build{Version: config.Version, Commit: config.Commit}, monitor.Sources{
+		Relay:     kubelet.Stats,
+		Refused:   root.Refused,
+		InFlight:  func() (all, waiting int) { return checkpoints.History().InFlight(), checkpoints.Waiting() },
+		Unwritten: checkpoints.History().Unwritten,
+		Causes:    checkpoint.Causes(),
+		Runtime: func(ctx context.Context) error {
+			_, err := base.Runtime.Version(ctx, &runtimeapi.VersionRequest{})
+			return err
+		},
+		Ready: func(ctx context.Context) []error { return ready(ctx, listener.Addr().String(), checkpoints, route) },
+	})
+	retainer.monitor = seen
 
 	served := make(chan error, 1)
-	go func() { served <- kubelet.Serve(relay.RootOnly(listener, config.Log)) }()
+	go func() { served <- kubelet.Serve(root) }()
+	stopMonitor := serveMonitor(ctx, config.Metrics, seen, config.Log)
 	stopAdmin := serveAdmin(ctx, config.Admin, checkpoints, config.Log)
 	prepared := make(chan struct{})
 	go func() {
@@ -130,7 +163,7 @@ func Run(ctx context.Context, config Config) error {
 	}()
 	config.Log.WithFields(logrus.Fields{"listen": listener.Addr().String(), "runtime": runtimePath}).Info("serving")
 	notifySystemd(config.Log, daemon.SdNotifyReady)
-	stopWatchdog := startWatchdog(listener.Addr().String(), runtimePath, config.Log)
+	stopWatchdog := startWatchdog(listener.Addr().String(), runtimePath, seen.Watched, config.Log)
 
 	broken := false
 	for serving := true; serving; {
@@ -141,11 +174,11 @@ func Run(ctx context.Context, config Config) error {
 			serving = false
 		case <-config.Hangup:
 			notifySystemd(config.Log, reloading())
-			config.reload(func(changed Config) {
+			seen.Reloaded(config.reload(func(changed Config) {
 				checkpoints.Reconfigure(changed.checkpoint(base))
 				route.set(changed.Mode)
 				retainer.changed(changed.Retention)
-			})
+			}))
 			notifySystemd(config.Log, daemon.SdNotifyReady)
 		}
 	}
@@ -166,6 +199,7 @@ func Run(ctx context.Context, config Config) error {
 	if !broken {
 		err = <-served
 	}
+	stopMonitor()
 	<-prepared
 	<-retained
 	config.Log.Info("bye")
@@ -178,19 +212,20 @@ func (c Config) checkpoint(base checkpoint.Config) checkpoint.Config {
 	return base
 }
 
-// reload has what can change while the daemon runs changed to what Reload returns.
-func (c Config) reload(change func(Config)) {
+// reload has what can change while the daemon runs changed to what Reload returns. The error has been logged.
+func (c Config) reload(change func(Config)) error {
 	if c.Reload == nil {
-		return
+		return nil
 	}
 	changed, err := c.Reload()
 	if err != nil {
 		for line := range strings.Lines(err.Error()) {
 			c.Log.Errorf("the configuration is wrong, and stays as it was: %s", strings.TrimSpace(line))
 		}
-		return
+		return err
 	}
 	change(changed)
+	return nil
 }
 
 // reloading tells systemd, and since when by its clock (sd_notify(3), of version 253; earlier ones pass over that).

@@ -23,14 +23,15 @@ import (
 // the same error, is nothing that a new crishim would mend; the old one at least keeps its checkpoints and connections. Whether the relay is sound,
 // nobody can tell then. It is told when the runtime is back.
 type watchdog struct {
-	listening, runtime string        // paths of the sockets
-	timeout            time.Duration // of each call
+	listening, runtime string         // paths of the sockets
+	timeout            time.Duration  // of each call
+	watched            func(fed bool) // is told of each round
 	log                logrus.FieldLogger
 	said               string // what was logged last, so that nothing is logged over and over
 }
 
 // startWatchdog feeds systemd's watchdog, if there is one for this process, until stop is called, which waits until nothing feeds it any more.
-func startWatchdog(listening, runtime string, log logrus.FieldLogger) (stop func()) {
+func startWatchdog(listening, runtime string, watched func(fed bool), log logrus.FieldLogger) (stop func()) {
 	limit, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		log.Warnf("systemd's watchdog is not fed: %v", err)
@@ -40,7 +41,7 @@ func startWatchdog(listening, runtime string, log logrus.FieldLogger) (stop func
 	}
 	// One round that fails, as on a node that is overloaded for a moment, leaves time for two others.
 	interval := limit / 3
-	w := &watchdog{listening: listening, runtime: runtime, timeout: interval / 2, log: log}
+	w := &watchdog{listening: listening, runtime: runtime, timeout: interval / 2, watched: watched, log: log}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
@@ -58,8 +59,12 @@ func (w *watchdog) run(ctx context.Context, interval time.Duration) {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
-		if w.sound(ctx) {
+		fed := w.sound(ctx)
+		if fed {
 			notifySystemd(w.log, daemon.SdNotifyWatchdog)
+		}
+		if ctx.Err() == nil {
+			w.watched(fed)
 		}
 		select {
 		case <-ctx.Done():
@@ -119,10 +124,14 @@ func (w *watchdog) say(level logrus.Level, what string, err error) {
 	w.log.WithFields(fields).Log(level, what)
 }
 
-// call asks for the version on a new connection to a socket. The error is the kernel's where there is no connection, and otherwise gRPC's.
 func (w *watchdog) call(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, w.timeout)
 	defer cancel()
+	return callVersion(ctx, path)
+}
+
+// callVersion asks for the version on a new connection to a socket. The error is the kernel's where there is no connection, and otherwise gRPC's.
+func callVersion(ctx context.Context, path string) error {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	if err != nil {
 		return err

@@ -228,7 +228,7 @@ func TestWithoutAWatchdog(t *testing.T) {
 		t.Setenv("WATCHDOG_USEC", tt.usec)
 		t.Setenv("WATCHDOG_PID", tt.pid)
 		log, logged := test.NewNullLogger()
-		startWatchdog("/nowhere", "/nowhere", log)()
+		startWatchdog("/nowhere", "/nowhere", func(bool) {}, log)()
 		if message := systemd.next(t, 50*time.Millisecond); message != "" {
 			t.Errorf("%+v: systemd gets %q", tt, message)
 		}

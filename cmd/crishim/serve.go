@@ -95,7 +95,8 @@ func reloader(sources config.Sources, start *config.Config, log *logrus.Logger) 
 // daemon is what a configuration means to the daemon.
 func daemon(c *config.Config, log *logrus.Logger) shim.Config {
 	return shim.Config{
-		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, Admin: c.Keys.Admin, State: c.Keys.StateDir, Version: version, Log: log,
+		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, Admin: c.Keys.Admin, State: c.Keys.StateDir, Metrics: c.Keys.Metrics,
+		Version: version, Commit: commit, Log: log,
 		Mode: shim.Mode(c.Keys.Checkpoint.Mode), Criu: c.Keys.Criu, Directories: c.Keys.Checkpoint.Directories,
 		RefuseTCP: c.Keys.Checkpoint.TCP == "refuse", Archive: c.Archive, Bounds: c.Bounds,
 		Retention: shim.Retention{Directories: c.Keys.Retention.Directories, Policy: c.Retention, DryRun: c.Keys.Retention.DryRun},

@@ -132,7 +132,7 @@ func conclude(c *crishimv1.Checkpoint, result *crishimv1.Result, err error) {
 }
 
 // audit writes the one line of the log that each checkpoint gets, whatever came of it.
-func (s *Service) audit(c *crishimv1.Checkpoint, result *crishimv1.Result) {
+func (s *Service) audit(c *crishimv1.Checkpoint, result *crishimv1.Result, cause string) {
 	caller := c.GetCaller()
 	log := s.config().Log.WithFields(logrus.Fields{
 		"id":        c.GetId(),
@@ -148,7 +148,7 @@ func (s *Service) audit(c *crishimv1.Checkpoint, result *crishimv1.Result) {
 		"seconds":   c.GetEnd().AsTime().Sub(c.GetBegin().AsTime()).Seconds(),
 	})
 	if code := codes.Code(c.GetCode()); code != codes.OK {
-		log.WithField("code", code.String()).Errorf("checkpoint failed: %s", c.GetMessage())
+		log.WithFields(logrus.Fields{"code": code.String(), "cause": cause}).Errorf("checkpoint failed: %s", c.GetMessage())
 		return
 	}
 	log.WithFields(logrus.Fields{

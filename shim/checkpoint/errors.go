@@ -86,48 +86,76 @@ func oneLine(text string, limit int) string {
 	return text
 }
 
-// toStatus gives an error its gRPC code, at the one place where errors become answers. Messages are all that the kubelet's
-// user sees, in one line: the kubelet maps no codes.
-func toStatus(err error) error {
+// Causes are all that can be counted of why checkpoints fail, each with its gRPC code. What the runtime answers has its own codes.
+func Causes() map[string]codes.Code {
+	return map[string]codes.Code{
+		"deadline": codes.DeadlineExceeded, "frozen_too_long": codes.DeadlineExceeded, "cancelled": codes.Canceled, "shutdown": codes.Unavailable,
+		"not_found": codes.NotFound, "no_room": codes.ResourceExhausted, "state_directory": codes.FailedPrecondition,
+		"in_flight": codes.Aborted, "repairing": codes.Aborted, "busy": codes.Aborted, "criu": codes.FailedPrecondition,
+		"invalid": codes.InvalidArgument, "exists": codes.AlreadyExists, "not_running": codes.FailedPrecondition,
+		"unsupported": codes.FailedPrecondition, "runtime": codes.Unavailable, "internal": codes.Internal,
+	}
+}
+
+// judge gives an error its gRPC code, and one of Causes.
+func judge(err error) (code codes.Code, cause string) {
 	var fromHelper failureError
 	reason := crishimv1.Reason_REASON_UNSPECIFIED
 	if errors.As(err, &fromHelper) {
 		reason = fromHelper.GetReason()
 	}
-	code := codes.Internal
 	switch {
-	case errors.Is(err, context.DeadlineExceeded), reason == crishimv1.Reason_REASON_FROZEN_TOO_LONG:
-		code = codes.DeadlineExceeded
+	case errors.Is(err, context.DeadlineExceeded):
+		cause = "deadline"
+	case reason == crishimv1.Reason_REASON_FROZEN_TOO_LONG:
+		cause = "frozen_too_long"
 	case errors.Is(err, context.Canceled):
-		code = codes.Canceled
+		cause = "cancelled"
 	case errors.Is(err, errDraining):
-		code = codes.Unavailable
+		cause = "shutdown"
 	case errors.Is(err, container.ErrNotFound):
-		code = codes.NotFound
-	case errors.Is(err, errJournal) && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)):
-		code = codes.ResourceExhausted
-	case errors.Is(err, errInFlight), errors.Is(err, errRepairing), reason == crishimv1.Reason_REASON_BUSY:
-		code = codes.Aborted
+		cause = "not_found"
+	case errors.Is(err, errJournal) && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)), reason == crishimv1.Reason_REASON_NO_SPACE:
+		cause = "no_room"
+	case errors.Is(err, errInFlight):
+		cause = "in_flight"
+	case errors.Is(err, errRepairing):
+		cause = "repairing"
+	case reason == crishimv1.Reason_REASON_BUSY:
+		cause = "busy"
 	case errors.Is(err, criu.ErrUnavailable):
-		// The kubelet's end-to-end test looks for these words, and skips where it finds them.
-		err = fmt.Errorf("checkpoint/restore support not available: CRIU binary not found or too old (<%d). Failed to checkpoint container: %w",
-			criu.MinVersion, err)
-		code = codes.FailedPrecondition
+		cause = "criu"
 	case errors.Is(err, errInvalid), errors.Is(err, archive.ErrInvalidLocation), reason == crishimv1.Reason_REASON_INVALID_LOCATION:
-		code = codes.InvalidArgument
+		cause = "invalid"
 	case errors.Is(err, archive.ErrExists), reason == crishimv1.Reason_REASON_LOCATION_EXISTS:
-		code = codes.AlreadyExists
-	case errors.Is(err, container.ErrNotRunning), errors.Is(err, container.ErrUnsupported), errors.Is(err, errJournal),
-		reason == crishimv1.Reason_REASON_NOT_RUNNING, reason == crishimv1.Reason_REASON_UNSUPPORTED:
-		code = codes.FailedPrecondition
-	case reason == crishimv1.Reason_REASON_NO_SPACE:
-		code = codes.ResourceExhausted
+		cause = "exists"
+	case errors.Is(err, container.ErrNotRunning), reason == crishimv1.Reason_REASON_NOT_RUNNING:
+		cause = "not_running"
+	case errors.Is(err, container.ErrUnsupported), reason == crishimv1.Reason_REASON_UNSUPPORTED:
+		cause = "unsupported"
+	case errors.Is(err, errJournal):
+		cause = "state_directory"
 	default:
 		// The runtime's own answer, such as that it is away.
 		if s, ok := status.FromError(err); ok && s.Code() != codes.OK {
-			code = s.Code()
+			return s.Code(), "runtime"
 		}
+		cause = "internal"
 	}
+	return Causes()[cause], cause
+}
+
+// toStatus makes an answer of an error, at the one place where errors become answers. Messages are all that the kubelet's
+// user sees, in one line: the kubelet maps no codes.
+func toStatus(err error) error {
+	code, cause := judge(err)
+	if cause == "criu" {
+		// The kubelet's end-to-end test looks for these words, and skips where it finds them.
+		err = fmt.Errorf("checkpoint/restore support not available: CRIU binary not found or too old (<%d). Failed to checkpoint container: %w",
+			criu.MinVersion, err)
+	}
+	var fromHelper failureError
+	_ = errors.As(err, &fromHelper)
 	answer := status.New(code, oneLine(err.Error(), maxMessage))
 	if log := fromHelper.GetLog(); len(log) > 0 {
 		detail := &errdetails.DebugInfo{Detail: "the end of criu's log, all of which is in crishim's own at level debug", StackEntries: log}

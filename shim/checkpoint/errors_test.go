@@ -7,6 +7,7 @@ import (
 	"testing"
 	"unicode/utf8"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -14,6 +15,8 @@ import (
 
 	"crishim/criu"
 	crishimv1 "crishim/proto/crishim/v1"
+	"crishim/shim/archive"
+	"crishim/shim/container"
 )
 
 // A process may have any bytes for its name. They must not keep the reason of a failure from reaching the daemon.
@@ -60,5 +63,38 @@ func TestCodesOfFailures(t *testing.T) {
 		if details := answer.Details(); len(details) != 1 || details[0].(*errdetails.DebugInfo).GetStackEntries()[0] != "the end" {
 			t.Errorf("kind %d: details are %v, want the log", kind, details)
 		}
+	}
+}
+
+// Whatever is counted has a code, and the code is that of the answer.
+func TestCausesOfFailures(t *testing.T) {
+	reason := func(r crishimv1.Reason) error { return failureError{&crishimv1.Failure{Reason: r}} }
+	for want, errs := range map[string][]error{
+		"deadline":        {context.DeadlineExceeded},
+		"frozen_too_long": {reason(crishimv1.Reason_REASON_FROZEN_TOO_LONG)},
+		"cancelled":       {context.Canceled, ErrCancelled},
+		"shutdown":        {errDraining},
+		"not_found":       {container.ErrNotFound},
+		"no_room":         {reason(crishimv1.Reason_REASON_NO_SPACE), refusal(unix.ENOSPC)},
+		"state_directory": {refusal(unix.EROFS)},
+		"in_flight":       {errInFlight},
+		"repairing":       {errRepairing},
+		"busy":            {reason(crishimv1.Reason_REASON_BUSY)},
+		"criu":            {criu.ErrUnavailable},
+		"invalid":         {errInvalid, archive.ErrInvalidLocation, reason(crishimv1.Reason_REASON_INVALID_LOCATION)},
+		"exists":          {archive.ErrExists, reason(crishimv1.Reason_REASON_LOCATION_EXISTS)},
+		"not_running":     {container.ErrNotRunning, reason(crishimv1.Reason_REASON_NOT_RUNNING)},
+		"unsupported":     {container.ErrUnsupported, reason(crishimv1.Reason_REASON_UNSUPPORTED)},
+		"runtime":         {status.Error(codes.Unavailable, "away")},
+		"internal":        {errors.New("whatever"), reason(crishimv1.Reason_REASON_UNSPECIFIED)},
+	} {
+		for _, err := range errs {
+			if code, cause := judge(err); cause != want || code != Causes()[want] || status.Code(toStatus(err)) != code {
+				t.Errorf("%v is %s, %s, answered with %s; want %s", err, cause, code, status.Code(toStatus(err)), want)
+			}
+		}
+	}
+	if code, cause := judge(status.Error(codes.Unimplemented, "odd")); code != codes.Unimplemented || cause != "runtime" {
+		t.Errorf("the runtime's own answer is %s, %s", code, cause)
 	}
 }

@@ -66,6 +66,9 @@ func (s *Service) repair(record *crishimv1.Record) {
 	failpoint.Hit("repair begun")
 	done, err := repair(s.closing, record, log)
 	failpoint.Hit("repair done")
+	if tell := s.config().Repaired; tell != nil && s.closing.Err() == nil {
+		tell(err)
+	}
 	if err != nil {
 		log.Errorf("a checkpoint was in flight when crishim died: %s; %v: %v (its record is %s; remove it where this is no longer of interest)",
 			done, errLeft, err, s.journal.path(record))

@@ -36,7 +36,11 @@ type Config struct {
 	Version string // of crishim
 	State   string // directory for the records of checkpoints in flight, and the history of those that have ended, made if need be
 	Log     logrus.FieldLogger
-	Written func(location string) // is told of each archive that was written, and must not block; may be nil
+
+	// Ended, which may be nil, is told of each checkpoint that has ended and why it failed, which is one of Causes or empty; Repaired, of each that
+	// was in flight when a crishim died, and what is left of it. They must not block.
+	Ended    func(c *crishimv1.Checkpoint, cause string)
+	Repaired func(left error)
 
 	// What Reconfigure can change.
 	Criu        string   // name of the binary, looked for in PATH, or its path
@@ -87,6 +91,21 @@ func (s *Service) Reconfigure(config Config) {
 }
 
 func (s *Service) config() *Config { return s.current.Load() }
+
+// Waiting is how many checkpoints wait for others to end, since so many run at once already.
+func (s *Service) Waiting() int { return s.slots.waitingNow() }
+
+// Ready returns why no checkpoint can be made now, whatever the container; nil where one can.
+func (s *Service) Ready(ctx context.Context) []error {
+	var reasons []error
+	if err := s.Repair(); err != nil {
+		reasons = append(reasons, err)
+	}
+	if _, err := s.Probe(ctx); err != nil {
+		reasons = append(reasons, err)
+	}
+	return reasons
+}
 
 var errDraining = errors.New("crishim is shutting down")
 
@@ -147,13 +166,15 @@ func (s *Service) Checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	}, cancel)
 	tell(&crishimv1.CheckpointResponse{Event: &crishimv1.CheckpointResponse_Begun{Begun: flight.Checkpoint()}})
 	result, err := s.checkpoint(ctx, request, flight, tell)
+	cause := ""
 	if err != nil {
+		_, cause = judge(err)
 		err = toStatus(err)
 	}
 	ended := flight.End(func(c *crishimv1.Checkpoint) { conclude(c, result, err) })
-	s.audit(ended, result)
-	if written := s.config().Written; err == nil && written != nil {
-		written(ended.GetLocation())
+	s.audit(ended, result, cause)
+	if tell := s.config().Ended; tell != nil {
+		tell(ended, cause)
 	}
 	return ended, err
 }

@@ -59,6 +59,13 @@ func (s *slots) resize(max int) {
 	s.pass()
 }
 
+// waitingNow is how many wait.
+func (s *slots) waitingNow() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.waiting)
+}
+
 // pass gives free slots to those who wait.
 func (s *slots) pass() {
 	for s.taken < s.max && len(s.waiting) > 0 {

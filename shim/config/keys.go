@@ -22,6 +22,7 @@ type Keys struct {
 	Listen          string `toml:"listen" flag:"listen" restart:"yes"`
 	RuntimeEndpoint string `toml:"runtime_endpoint" flag:"runtime-endpoint" restart:"yes"`
 	Admin           string `toml:"admin" flag:"admin-socket" restart:"yes"`
+	Metrics         string `toml:"metrics" flag:"metrics" restart:"yes"`
 	Criu            string `toml:"criu" flag:"criu"`
 	StateDir        string `toml:"state_dir" flag:"state-dir" restart:"yes"`
 	LogLevel        string `toml:"log_level" flag:"log-level"`

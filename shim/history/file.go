@@ -26,6 +26,8 @@ type file struct {
 	size   int64 // of what is there
 	torn   bool  // its last line is not whole
 	broken bool  // the last write has failed, and was told of
+
+	failures int // writes that have failed
 }
 
 const (
@@ -88,7 +90,9 @@ func (f *file) append(c *crishimv1.Checkpoint, all []*crishimv1.Checkpoint) {
 	if err != nil && !f.broken {
 		f.log.Warnf("write history of checkpoints: %v: until it can be written, a restart forgets what has ended meanwhile", err)
 	}
-	f.broken = err != nil
+	if f.broken = err != nil; f.broken {
+		f.failures++
+	}
 }
 
 func (f *file) write(c *crishimv1.Checkpoint, all []*crishimv1.Checkpoint) error {

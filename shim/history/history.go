@@ -177,6 +177,23 @@ func (h *History) List() []*crishimv1.Listed {
 	return all
 }
 
+// InFlight is how many are in flight.
+func (h *History) InFlight() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.flying)
+}
+
+// Unwritten is how often something could not be written to disk.
+func (h *History) Unwritten() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.file == nil {
+		return 0
+	}
+	return h.file.failures
+}
+
 // Flight returns the one in flight that has an id, nil if there is none.
 func (h *History) Flight(id string) *Flight {
 	h.mu.Lock()
