@@ -27,6 +27,7 @@ import (
 	"crishim/shim/checkpoint"
 	"crishim/shim/monitor"
 	"crishim/shim/relay"
+	"crishim/shim/tracing"
 )
 
 // Config is what the daemon is told.
@@ -35,6 +36,7 @@ type Config struct {
 	RuntimeEndpoint string // of the runtime, in the same form
 	Admin           string // endpoint of crishim's own API, in the same form; empty for none
 	Metrics         string // where metrics and health are served: a Unix socket in the same form, or an address of the loopback interface; empty for nowhere
+	Tracing         string // URL of a collector that gets spans of checkpoints, by OTLP over HTTP; empty for none
 	Version         string // of crishim: archives say what has made them
 	Commit          string // that it was built of
 	State           string // directory for the records of checkpoints in flight and for their history; no other crishim uses it
@@ -78,6 +80,11 @@ func (c Config) Validate() error {
 			return fmt.Errorf("parse metrics: %w", err)
 		}
 	}
+	if c.Tracing != "" {
+		if err := tracing.CheckEndpoint(c.Tracing); err != nil {
+			return fmt.Errorf("parse tracing: %w", err)
+		}
+	}
 	return c.Mode.validate()
 }
 
@@ -102,11 +109,16 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer runtime.Close()
+	tracer, stopTracing, err := tracing.Start(config.Tracing, config.Version, config.Log)
+	if err != nil {
+		return err
+	}
+	defer stopTracing()
 	var seen *monitor.Monitor // made of all that follows, before any of that is started
 	retainer := newRetainer(config.Retention, config.Log)
 	base := checkpoint.Config{
 		Runtime: runtimeapi.NewRuntimeServiceClient(runtime), Images: runtimeapi.NewImageServiceClient(runtime),
-		Version: config.Version, State: config.State, Log: config.Log,
+		Version: config.Version, State: config.State, Log: config.Log, Tracer: tracer,
 		Ended: func(c *crishimv1.Checkpoint, cause string) {
 			seen.Ended(c, cause)
 			if cause == "" {

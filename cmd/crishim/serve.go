@@ -95,7 +95,7 @@ func reloader(sources config.Sources, start *config.Config, log *logrus.Logger) 
 // daemon is what a configuration means to the daemon.
 func daemon(c *config.Config, log *logrus.Logger) shim.Config {
 	return shim.Config{
-		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, Admin: c.Keys.Admin, State: c.Keys.StateDir, Metrics: c.Keys.Metrics,
+		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, Admin: c.Keys.Admin, State: c.Keys.StateDir, Metrics: c.Keys.Metrics, Tracing: c.Keys.Tracing.Endpoint,
 		Version: version, Commit: commit, Log: log,
 		Mode: shim.Mode(c.Keys.Checkpoint.Mode), Criu: c.Keys.Criu, Directories: c.Keys.Checkpoint.Directories,
 		RefuseTCP: c.Keys.Checkpoint.TCP == "refuse", Archive: c.Archive, Bounds: c.Bounds,

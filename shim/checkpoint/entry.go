@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -132,7 +133,7 @@ func conclude(c *crishimv1.Checkpoint, result *crishimv1.Result, err error) {
 }
 
 // audit writes the one line of the log that each checkpoint gets, whatever came of it.
-func (s *Service) audit(c *crishimv1.Checkpoint, result *crishimv1.Result, cause string) {
+func (s *Service) audit(c *crishimv1.Checkpoint, result *crishimv1.Result, cause string, span trace.SpanContext) {
 	caller := c.GetCaller()
 	log := s.config().Log.WithFields(logrus.Fields{
 		"id":        c.GetId(),
@@ -147,6 +148,9 @@ func (s *Service) audit(c *crishimv1.Checkpoint, result *crishimv1.Result, cause
 		"location":  c.GetLocation(),
 		"seconds":   c.GetEnd().AsTime().Sub(c.GetBegin().AsTime()).Seconds(),
 	})
+	if span.IsValid() {
+		log = log.WithField("trace", span.TraceID().String())
+	}
 	if code := codes.Code(c.GetCode()); code != codes.OK {
 		log.WithFields(logrus.Fields{"code": code.String(), "cause": cause}).Errorf("checkpoint failed: %s", c.GetMessage())
 		return

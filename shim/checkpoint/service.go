@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/trace/noop"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"crishim/criu"
@@ -36,6 +38,7 @@ type Config struct {
 	Version string // of crishim
 	State   string // directory for the records of checkpoints in flight, and the history of those that have ended, made if need be
 	Log     logrus.FieldLogger
+	Tracer  trace.Tracer // of the steps of checkpoints; may be nil
 
 	// Ended, which may be nil, is told of each checkpoint that has ended and why it failed, which is one of Causes or empty; Repaired, of each that
 	// was in flight when a crishim died, and what is left of it. They must not block.
@@ -54,6 +57,7 @@ type Config struct {
 type Service struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
 	current atomic.Pointer[Config]
+	tracer  trace.Tracer
 	slots   slots
 	journal *journal
 	history *history.History
@@ -78,6 +82,10 @@ func New(config Config) *Service {
 		inFlight: make(map[string]error),
 		closing:  closing, close: cancel,
 	}
+	if config.Tracer == nil {
+		config.Tracer = noop.NewTracerProvider().Tracer("")
+	}
+	s.tracer = config.Tracer
 	s.Reconfigure(config)
 	return s
 }
@@ -159,6 +167,7 @@ func (s *Service) CheckpointContainer(ctx context.Context, request *runtimeapi.C
 // empty location stands for one in the kubelet's directory. The history has it from here on, whatever becomes of it.
 func (s *Service) Checkpoint(ctx context.Context, request *runtimeapi.CheckpointContainerRequest, caller *crishimv1.Caller,
 	tell func(*crishimv1.CheckpointResponse)) (*crishimv1.Checkpoint, error) {
+	ctx, span := begin(ctx, s.tracer)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	flight := s.history.Begin(&crishimv1.Checkpoint{
@@ -172,7 +181,8 @@ func (s *Service) Checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 		err = toStatus(err)
 	}
 	ended := flight.End(func(c *crishimv1.Checkpoint) { conclude(c, result, err) })
-	s.audit(ended, result, cause)
+	finish(span, ended, cause)
+	s.audit(ended, result, cause, span.SpanContext())
 	if tell := s.config().Ended; tell != nil {
 		tell(ended, cause)
 	}
@@ -210,7 +220,9 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 	if err := s.Repair(); err != nil {
 		return nil, err
 	}
-	c, err := container.Describe(ctx, config.Runtime, request.GetContainerId())
+	c, err := traced(ctx, s.tracer, "describe", func(ctx context.Context) (*container.Container, error) {
+		return container.Describe(ctx, config.Runtime, request.GetContainerId())
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -224,7 +236,7 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 		return nil, err
 	}
 	defer leave()
-	if err := s.slots.take(ctx); err != nil {
+	if _, err := traced(ctx, s.tracer, "wait", func(ctx context.Context) (struct{}, error) { return struct{}{}, s.slots.take(ctx) }); err != nil {
 		return nil, err
 	}
 	defer s.slots.give()
@@ -245,15 +257,20 @@ func (s *Service) checkpoint(ctx context.Context, request *runtimeapi.Checkpoint
 		layer.Size = s.layerSize(ctx, c.Status.GetId())
 	}
 	log := s.config().Log.WithFields(logrus.Fields{"id": flight.Checkpoint().GetId(), "container": c.Status.GetId()})
-	return runHelper(ctx, s.journal, job, flight.Checkpoint(), func(e *crishimv1.Event) {
-		if p := e.GetProgress(); p != nil {
-			flight.Progress(p)
-			tell(&crishimv1.CheckpointResponse{Event: &crishimv1.CheckpointResponse_Progress{Progress: p}})
-			log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")
-		}
-		for line := range bytes.Lines(e.GetLog().GetLines()) {
-			log.Debugf("criu's log: %s", bytes.TrimSuffix(line, []byte("\n")))
-		}
+	return traced(ctx, s.tracer, "helper", func(ctx context.Context) (*crishimv1.Result, error) {
+		phases := &phases{ctx: ctx, tracer: s.tracer}
+		defer phases.end()
+		return runHelper(ctx, s.journal, job, flight.Checkpoint(), func(e *crishimv1.Event) {
+			if p := e.GetProgress(); p != nil {
+				phases.enter(p.GetPhase())
+				flight.Progress(p)
+				tell(&crishimv1.CheckpointResponse{Event: &crishimv1.CheckpointResponse_Progress{Progress: p}})
+				log.WithFields(logrus.Fields{"phase": p.GetPhase().String(), "bytes": p.GetBytes()}).Debug("checkpoint goes on")
+			}
+			for line := range bytes.Lines(e.GetLog().GetLines()) {
+				log.Debugf("criu's log: %s", bytes.TrimSuffix(line, []byte("\n")))
+			}
+		})
 	})
 }
 

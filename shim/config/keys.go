@@ -45,6 +45,9 @@ type Keys struct {
 		MaxAge          string   `toml:"max_age"`
 		DryRun          bool     `toml:"dry_run"`
 	} `toml:"retention"`
+	Tracing struct {
+		Endpoint string `toml:"endpoint" restart:"yes"`
+	} `toml:"tracing"`
 }
 
 // Defaults are what the shipped file has.
