@@ -2,6 +2,7 @@ package archive
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -60,6 +61,11 @@ func (s *Staging) Assemble(ctx context.Context, options Options, progress func(w
 	return nil
 }
 
+// Digest returns the SHA-256 of the manifest of an archive that Assemble has made, in hexadecimal. The manifest has the digests of all other members, so
+// that this one is of all that is in the archive, however it is compressed: tar -xOf ARCHIVE crishim.json | sha256sum. It is empty where digests
+// were not wanted.
+func (s *Staging) Digest() string { return s.digest }
+
 func (s *Staging) assemble(ctx context.Context, options Options, progress func(written int64)) error {
 	if err := options.Validate(); err != nil {
 		return err
@@ -78,6 +84,7 @@ func (s *Staging) assemble(ctx context.Context, options Options, progress func(w
 		return err
 	}
 	a := &assembly{manifest: manifest, progress: progress}
+	defer func() { s.digest = a.digest }()
 	digests := manifest != nil && options.Digest != None
 	if a.entries, a.size, err = layout(members, manifest, digests, s.blockSize(), time.Now()); err != nil {
 		return err
@@ -234,6 +241,8 @@ type assembly struct {
 	manifest *Manifest       // gets the digests; nil where there is none
 	sums     map[string]*sum // of big members, by their names; nil where digests are not wanted
 	progress func(written int64)
+
+	digest string // see Staging.Digest
 }
 
 // output is where the bytes of an archive go, in order.
@@ -270,6 +279,9 @@ func (a *assembly) write(ctx context.Context, out output) error {
 			data, err := a.manifest.encode()
 			if err != nil {
 				return fmt.Errorf("write %s: %w", e.member.name, err)
+			}
+			if a.sums != nil {
+				a.digest = fmt.Sprintf("%x", sha256.Sum256(data))
 			}
 			if err := out.write(append(data, make([]byte, padding(e.member.size))...)); err != nil {
 				return err

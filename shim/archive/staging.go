@@ -32,6 +32,7 @@ type Staging struct {
 	images   *os.File
 	composed map[string][]Segment // by the member's name
 	archive  *os.File             // nil before Assemble has succeeded
+	digest   string               // see Digest
 	removed  bool
 	ahead    *ahead // nil unless Follow was called
 

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,31 @@ func written(t *testing.T) []byte {
 	data, err := os.ReadFile(path)
 	must(t, err)
 	return data
+}
+
+// The digest of an archive is that of its manifest, and so of all that is in it.
+func TestDigest(t *testing.T) {
+	for _, options := range []Options{{}, {Compression: Zstd}, {Digest: None}} {
+		path := rootDir(t) + "/a.tar"
+		s := stage(t, path)
+		fill(t, s)
+		must(t, s.WriteJSON(ManifestName, NewManifest(Origin{})))
+		must(t, s.Assemble(t.Context(), options, nil))
+		must(t, s.Publish(t.Context()))
+		want := ""
+		if options.Digest != None {
+			file, err := os.Open(path)
+			must(t, err)
+			defer file.Close()
+			plain, _, err := Decompress(file)
+			must(t, err)
+			defer plain.Close()
+			want = fmt.Sprintf("%x", sha256.Sum256(read(t, plain)[ManifestName]))
+		}
+		if got := s.Digest(); got != want {
+			t.Errorf("with %+v the digest is %q, want %q", options, got, want)
+		}
+	}
 }
 
 func TestVerify(t *testing.T) {

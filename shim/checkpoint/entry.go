@@ -161,5 +161,6 @@ func (s *Service) audit(c *crishimv1.Checkpoint, result *crishimv1.Result, cause
 		"freezing_seconds": float64(result.GetFreezingUs()) / 1e6,
 		"memory_seconds":   float64(result.GetMemoryDumpUs()) / 1e6,
 		"pages_written":    result.GetPagesWritten(),
+		"digest":           result.GetDigest(),
 	}).Info("checkpoint written")
 }

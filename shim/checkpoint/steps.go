@@ -163,6 +163,7 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		FrozenUs:     uint32(stats.Frozen.Microseconds()),
 		MemoryDumpUs: uint32(stats.MemoryDump.Microseconds()),
 		PagesWritten: stats.PagesWritten,
+		Digest:       staging.Digest(),
 	}, nil
 }
 

@@ -928,7 +928,9 @@ type Result struct {
 	MemoryDumpUs uint32 `protobuf:"varint,5,opt,name=memory_dump_us,json=memoryDumpUs,proto3" json:"memory_dump_us,omitempty"`
 	PagesWritten uint64 `protobuf:"varint,6,opt,name=pages_written,json=pagesWritten,proto3" json:"pages_written,omitempty"`
 	// Something of the attempt could not be removed, or put right. The message of the failure, or the helper's log, says what.
-	Left          bool `protobuf:"varint,7,opt,name=left,proto3" json:"left,omitempty"`
+	Left bool `protobuf:"varint,7,opt,name=left,proto3" json:"left,omitempty"`
+	// SHA-256, in hexadecimal, of the archive's member crishim.json, which has the digests of all others. Empty where digests were not wanted.
+	Digest        string `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1010,6 +1012,13 @@ func (x *Result) GetLeft() bool {
 		return x.Left
 	}
 	return false
+}
+
+func (x *Result) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
 }
 
 // Log is the next piece of CRIU's log, whole lines, after a dump that has failed.
@@ -1314,7 +1323,7 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\aFailure\x12*\n" +
 	"\x06reason\x18\x01 \x01(\x0e2\x12.crishim.v1.ReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x10\n" +
-	"\x03log\x18\x03 \x03(\tR\x03log\"\xe8\x01\n" +
+	"\x03log\x18\x03 \x03(\tR\x03log\"\x80\x02\n" +
 	"\x06Result\x12-\n" +
 	"\afailure\x18\x01 \x01(\v2\x13.crishim.v1.FailureR\afailure\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x1f\n" +
@@ -1323,7 +1332,8 @@ const file_crishim_v1_checkpoint_proto_rawDesc = "" +
 	"\tfrozen_us\x18\x04 \x01(\rR\bfrozenUs\x12$\n" +
 	"\x0ememory_dump_us\x18\x05 \x01(\rR\fmemoryDumpUs\x12#\n" +
 	"\rpages_written\x18\x06 \x01(\x04R\fpagesWritten\x12\x12\n" +
-	"\x04left\x18\a \x01(\bR\x04left\"\x1b\n" +
+	"\x04left\x18\a \x01(\bR\x04left\x12\x16\n" +
+	"\x06digest\x18\b \x01(\tR\x06digest\"\x1b\n" +
 	"\x03Log\x12\x14\n" +
 	"\x05lines\x18\x01 \x01(\fR\x05lines\"\x97\x01\n" +
 	"\x05Event\x122\n" +
