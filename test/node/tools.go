@@ -14,7 +14,7 @@ import (
 )
 
 // Tools are those that the tests need: directories of test/tools, each a module with one tool, or of a kubelet's version.
-func Tools() []string { return []string{"checkpointctl", "kubelet-1.34", "kubelet-1.37"} }
+func Tools() []string { return []string{"checkpointctl", "kubelet-1.34", "kubelet-1.37", "promtool"} }
 
 const kubeletPackage = "k8s.io/kubernetes/cmd/kubelet"
 
@@ -36,7 +36,8 @@ func Tool(ctx context.Context, name string) (string, error) {
 		what = kubeletPackage // its module has what tests a kubelet, too
 	}
 	return c.entry(ctx, name, module.recipe, func(temporary string) error {
-		return module.run(ctx, "build", "-o", temporary, what)
+		// promtool without Prometheus' ways to find targets in clouds, which are most of what it depends on. Others do not know the tag.
+		return module.run(ctx, "build", "-tags", "remove_all_sd", "-o", temporary, what)
 	})
 }
 
