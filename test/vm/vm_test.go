@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,6 +64,11 @@ func TestServices(t *testing.T) {
 
 // startBySocket starts containerd and crishim's socket, and has a call start crishim itself.
 func startBySocket(t *testing.T, n *node.Node) {
+	configuration := "/etc/crishim/config.d/metrics.toml"
+	if err := errors.Join(os.MkdirAll(filepath.Dir(configuration), 0o755),
+		os.WriteFile(configuration, []byte("metrics = \""+metricsAddress+"\"\n"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
 	systemctl(t, "start", "containerd.service")
 	output(t, "systemd-analyze", "verify", "crishim.service", "crishim.socket", "kubelet.service")
 	systemctl(t, "enable", "--now", "crishim.socket")
@@ -89,6 +96,7 @@ func startBySocket(t *testing.T, n *node.Node) {
 	if kind := property(t, "crishim.service", "Type"); kind != "notify" {
 		t.Errorf("crishim.service is of type %s, want notify", kind)
 	}
+	metrics(t)
 	systemctl(t, "enable", "crishim.service")
 	systemctl(t, "is-enabled", "crishim.service", "crishim.socket")
 }
@@ -119,6 +127,25 @@ func reload(t *testing.T, _ *node.Node) {
 	}
 	if now := property(t, "crishim.service", "MainPID"); now != pid {
 		t.Errorf("crishim was process %s, and is %s after being reloaded", pid, now)
+	}
+}
+
+const metricsAddress = "127.0.0.1:9471"
+
+// metrics reads crishim's, to which its unit leaves the loopback interface.
+func metrics(t *testing.T) {
+	t.Helper()
+	response, err := http.Get("http://" + metricsAddress + "/metrics")
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	for _, line := range []string{`crishim_runtime_up 1`, `crishim_watchdog_rounds_total{result="hungry"} 0`} {
+		if err != nil || !strings.Contains(string(text), "\n"+line+"\n") {
+			t.Errorf("the metrics have no line %s: %v\n%s", line, err, text)
+		}
 	}
 }
 
