@@ -50,6 +50,13 @@ func TestPackage(t *testing.T) {
 	k := meet(t, n)
 	runPod(t, k, node.Pod{Name: "counter"})
 	alone := files(t)
+	// back waits until a kubelet that was restarted knows the pod again, which has run all along.
+	back := func(t *testing.T) *node.Kubelet {
+		t.Helper()
+		k := meet(t, n)
+		runPod(t, k, node.Pod{Name: "counter"})
+		return k
+	}
 
 	for _, part := range []struct {
 		name string
@@ -85,7 +92,7 @@ func TestPackage(t *testing.T) {
 			if s := kubeletStatus(t, kubelet.Disabled); s.DropIn != "" {
 				t.Errorf("status is %+v", s)
 			}
-			meet(t, n)
+			back(t)
 			if now := files(t); slices.Contains(now, dropIn) || slices.Contains(now, filepath.Dir(dropIn)) {
 				t.Error("something is left of the drop-in")
 			}
@@ -93,7 +100,7 @@ func TestPackage(t *testing.T) {
 		{"the kubelet's checkpoint", func(t *testing.T) {
 			output(t, "crishim", "kubelet", "enable")
 			kubeletStatus(t, kubelet.Enabled)
-			k := meet(t, n)
+			k := back(t)
 			paths, err := k.Checkpoint(t.Context(), k.PodName("counter"), "counter", 0)
 			if err != nil || len(paths) != 1 {
 				t.Fatalf("got %q, %v, want one path", paths, err)
@@ -146,7 +153,7 @@ func TestPackage(t *testing.T) {
 		}},
 		{"it is removed and purged", func(t *testing.T) {
 			output(t, "dpkg", "--remove", "crishim")
-			meet(t, n)
+			k := back(t)
 			archives, err := filepath.Glob(filepath.Join(checkpoints, "*.tar"))
 			if err != nil || len(archives) != 1 {
 				t.Errorf("archives are %q, %v, and one was made", archives, err)
