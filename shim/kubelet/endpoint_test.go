@@ -172,7 +172,7 @@ func TestWhatCannotBeReadIsNamed(t *testing.T) {
 	}
 }
 
-// What systemd makes of such a file; test/vm compares.
+// What systemd makes of such a file, by systemd.exec(5).
 func TestEnvironmentFiles(t *testing.T) {
 	for content, want := range map[string][]variable{
 		"A=b\n":                         {{"A", "b"}},
