@@ -1,0 +1,389 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"unicode"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"crishim/shim/config"
+	"crishim/systemd"
+)
+
+// The tests here hold the documents to the commands, the configuration and the messages that there are. What the commands do on a node, and what comes
+// of them, is for test/e2e, test/engines, test/restore and test/vm.
+
+const repository = "../.."
+
+// document is one that people read.
+type document struct {
+	path   string // from the repository's root
+	text   string
+	blocks []block  // of code
+	prose  string   // all that is not in such a block
+	spans  []string // of code, in the prose
+}
+
+type block struct {
+	language string
+	lines    []string
+}
+
+// readDocuments reads README.md, SECURITY.md and what is in docs.
+func readDocuments(t *testing.T) []document {
+	t.Helper()
+	paths := []string{"README.md", "SECURITY.md"}
+	for _, pattern := range []string{"docs/*.md", "docs/*/*.md"} {
+		found, err := filepath.Glob(filepath.Join(repository, pattern))
+		if err != nil || len(found) == 0 {
+			t.Fatalf("no %s, %v", pattern, err)
+		}
+		for _, path := range found {
+			relative, err := filepath.Rel(repository, path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			paths = append(paths, relative)
+		}
+	}
+	var all []document
+	for _, path := range paths {
+		content, err := os.ReadFile(filepath.Join(repository, path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, parseDocument(path, string(content)))
+	}
+	return all
+}
+
+var codeSpan = regexp.MustCompile("`([^`\n]+)`")
+
+// parseDocument tells blocks of code, fenced or indented, from prose. Code in lists has none here, and is taken for prose.
+func parseDocument(path, text string) document {
+	d := document{path: path, text: text}
+	var prose strings.Builder
+	fenced, before := false, "" // the line before, as an indented block begins behind an empty one
+	for line := range strings.Lines(text) {
+		line = strings.TrimRight(line, "\n")
+		fence, isFence := strings.CutPrefix(line, "```")
+		code, indented := strings.CutPrefix(line, "    ")
+		inBlock := strings.HasPrefix(before, "    ")
+		switch {
+		case isFence:
+			if fenced = !fenced; fenced {
+				d.blocks = append(d.blocks, block{language: fence})
+			}
+			line = ""
+		case fenced:
+			last := &d.blocks[len(d.blocks)-1]
+			last.lines = append(last.lines, line)
+			line = ""
+		case indented && (inBlock || before == ""):
+			if !inBlock {
+				d.blocks = append(d.blocks, block{})
+			}
+			last := &d.blocks[len(d.blocks)-1]
+			last.lines = append(last.lines, code)
+		default:
+			prose.WriteString(line)
+		}
+		prose.WriteByte('\n')
+		before = line
+	}
+	d.prose = prose.String()
+	for _, match := range codeSpan.FindAllStringSubmatch(d.prose, -1) {
+		d.spans = append(d.spans, match[1])
+	}
+	return d
+}
+
+// commandLines returns the lines of a block, with those that a backslash divides put together.
+func (b block) commandLines() []string {
+	return strings.Split(strings.ReplaceAll(strings.Join(b.lines, "\n"), "\\\n", " "), "\n")
+}
+
+// simpleCommands returns the commands of a line of shell, each as its words. It knows prompts, pipes, lists, comments and redirections, and the brackets of
+// a synopsis; quotes only stay where they are.
+func simpleCommands(line string) (commands [][]string) {
+	for _, prompt := range []string{"# ", "$ "} {
+		line = strings.TrimPrefix(line, prompt)
+	}
+	var words []string
+	end := func() {
+		if len(words) > 0 {
+			commands = append(commands, words)
+		}
+		words = nil
+	}
+	fields := strings.Fields(line)
+	for i := 0; i < len(fields); i++ {
+		switch word := fields[i]; {
+		case word == "#":
+			i = len(fields)
+		case word == "|", word == "&&", word == "||", word == ";", word == "&":
+			end()
+		case word == ">", word == "<", word == ">>", word == "2>":
+			i++ // and what it leads to
+		case word == "sudo" && words == nil:
+		default:
+			words = append(words, strings.Trim(word, "[]"))
+		}
+	}
+	end()
+	return commands
+}
+
+// checkCommand says what is wrong with a command line of crishim's, without the word crishim. In prose some of it may be left out.
+func checkCommand(words []string, prose bool) error {
+	root := rootCommand()
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	command, rest, err := root.Find(words)
+	if err != nil {
+		return err
+	}
+	command.InitDefaultHelpFlag()
+	command.InitDefaultVersionFlag()
+	if err := command.ParseFlags(rest); err != nil {
+		return err
+	}
+	args := command.Flags().Args()
+	if !command.Runnable() && (!prose || len(args) > 0) {
+		return fmt.Errorf("%s is no command by itself, with %q", command.CommandPath(), args)
+	}
+	if prose {
+		return nil
+	}
+	return errors.Join(command.ValidateArgs(args), command.ValidateRequiredFlags())
+}
+
+func TestCommandsInDocuments(t *testing.T) {
+	makefile, err := os.ReadFile(filepath.Join(repository, "Makefile"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	check := func(d document, line string, prose bool) {
+		for _, words := range simpleCommands(line) {
+			var err error
+			switch words[0] {
+			case "crishim":
+				seen++
+				err = checkCommand(words[1:], prose)
+			case "make":
+				for _, target := range words[1:] {
+					named := regexp.MustCompile(`(?m)^(\.PHONY:.* )?` + regexp.QuoteMeta(target) + `\b`)
+					if !strings.Contains(target, "=") && !named.Match(makefile) {
+						err = errors.Join(err, fmt.Errorf("the Makefile has no target %s", target))
+					}
+				}
+			}
+			if err != nil {
+				t.Errorf("%s: %s: %v", d.path, line, err)
+			}
+		}
+	}
+	for _, d := range readDocuments(t) {
+		for _, b := range d.blocks {
+			for _, line := range b.commandLines() {
+				check(d, line, false)
+			}
+		}
+		for _, span := range d.spans {
+			check(d, span, true)
+		}
+	}
+	if seen < 50 {
+		t.Errorf("%d command lines were found: the documents have more", seen)
+	}
+}
+
+// TestWrongCommands sees that the test above can fail.
+func TestWrongCommands(t *testing.T) {
+	for _, line := range []string{
+		"crishim chekpoint default/web/app", "crishim kubelet enabel", "crishim kubelet", "crishim list --form json", "crishim diff before.tar",
+		"crishim convert archive.tar image.tar", "crishim verify", "crishim kubelet enable --timeout soon", "# crishim checkpoint a b # for two",
+	} {
+		if err := checkCommand(simpleCommands(line)[0][1:], false); err == nil {
+			t.Errorf("%s is taken for right", line)
+		}
+	}
+	for _, line := range []string{"crishim check", "# crishim checkpoint default/web -o /data/web.tar", "crishim list --output json | jq .", "crishim completion bash > FILE"} {
+		if err := checkCommand(simpleCommands(line)[0][1:], false); err != nil {
+			t.Errorf("%s: %v", line, err)
+		}
+	}
+}
+
+var link = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+
+func TestLinksInDocuments(t *testing.T) {
+	for _, d := range readDocuments(t) {
+		for _, match := range link.FindAllStringSubmatch(codeSpan.ReplaceAllString(d.prose, "code"), -1) {
+			target, fragment, _ := strings.Cut(match[1], "#")
+			if strings.Contains(target, "://") {
+				continue
+			}
+			path := filepath.Join(repository, d.path)
+			if target != "" {
+				path = filepath.Join(repository, filepath.Dir(d.path), target)
+			}
+			content, err := os.ReadFile(path)
+			if info, statErr := os.Stat(path); statErr != nil || !filepath.IsLocal(filepath.Join(filepath.Dir(d.path), target)) {
+				t.Errorf("%s: the link %s leads nowhere: %v", d.path, match[1], statErr)
+			} else if !info.IsDir() && err != nil {
+				t.Error(err)
+			}
+			if fragment != "" && !slices.Contains(anchors(string(content)), fragment) {
+				t.Errorf("%s: the link %s leads to no heading", d.path, match[1])
+			}
+		}
+	}
+}
+
+// anchors are what GitHub makes of the headings of a document.
+func anchors(text string) (all []string) {
+	for _, line := range strings.Split(parseDocument("", text).prose, "\n") {
+		heading := strings.TrimLeft(line, "#")
+		if heading == line || !strings.HasPrefix(heading, " ") {
+			continue
+		}
+		all = append(all, strings.Map(func(r rune) rune {
+			switch {
+			case r == ' ':
+				return '-'
+			case r == '-', r == '_', unicode.IsLetter(r), unicode.IsDigit(r):
+				return unicode.ToLower(r)
+			}
+			return -1
+		}, strings.TrimSpace(heading)))
+	}
+	return all
+}
+
+// TestEachDocumentIsInTheIndex sees that docs/README.md leads to each page.
+func TestEachDocumentIsInTheIndex(t *testing.T) {
+	var index string
+	all := readDocuments(t)
+	for _, d := range all {
+		if d.path == "docs/README.md" {
+			index = d.text
+		}
+	}
+	for _, d := range all {
+		path, inDocs := strings.CutPrefix(d.path, "docs/")
+		if inDocs && path != "README.md" && !strings.Contains(index, "]("+path+")") {
+			t.Errorf("docs/README.md does not lead to %s", path)
+		}
+	}
+}
+
+var (
+	keyOfTable = regexp.MustCompile(`^(checkpoint|retention|tracing)\.([a-z_]+)( = .*)?$`)
+	keyWithout = regexp.MustCompile(`^([a-z_]+) = `)
+	variable   = regexp.MustCompile(`\bCRISHIM_[A-Z_]+\b`)
+)
+
+func TestKeysInDocuments(t *testing.T) {
+	// The tests of shim/config hold this file to what there is.
+	var shipped map[string]any
+	if err := toml.Unmarshal([]byte(systemd.Config), &shipped); err != nil {
+		t.Fatal(err)
+	}
+	known := map[string]bool{}
+	for name, value := range shipped {
+		if table, ok := value.(map[string]any); ok {
+			for key := range table {
+				known[name+"."+key] = true
+			}
+		} else {
+			known[name] = true
+		}
+	}
+	variables := []string{"CRISHIM_TEST_CACHE"} // which is for the tests
+	for name := range known {
+		variables = append(variables, "CRISHIM_"+strings.ToUpper(strings.ReplaceAll(name, ".", "_")))
+	}
+	seen := 0
+	for _, d := range readDocuments(t) {
+		for _, span := range d.spans {
+			name := ""
+			if match := keyOfTable.FindStringSubmatch(span); match != nil && match[2] != "tar" {
+				name = match[1] + "." + match[2]
+			} else if match := keyWithout.FindStringSubmatch(span); match != nil {
+				name = match[1]
+			}
+			if name == "" {
+				continue
+			}
+			seen++
+			if !known[name] {
+				t.Errorf("%s: there is no key %s", d.path, name)
+			}
+		}
+		for _, name := range variable.FindAllString(d.text, -1) {
+			if !slices.Contains(variables, name) {
+				t.Errorf("%s: there is no variable %s", d.path, name)
+			}
+		}
+		for _, b := range d.blocks {
+			if b.language != "toml" {
+				continue
+			}
+			keys := config.Defaults()
+			if err := toml.NewDecoder(strings.NewReader(strings.Join(b.lines, "\n"))).DisallowUnknownFields().Decode(&keys); err != nil {
+				t.Errorf("%s: %v in\n%s", d.path, err, strings.Join(b.lines, "\n"))
+			}
+		}
+	}
+	if seen < 20 {
+		t.Errorf("%d keys were found: the documents have more", seen)
+	}
+}
+
+// TestMessagesInTroubleshooting sees that each message, in the first column of a table, has words that the source has, in one line of it. What is
+// between … is for the place to say.
+func TestMessagesInTroubleshooting(t *testing.T) {
+	var source strings.Builder
+	for _, dir := range []string{"cmd", "criu", "shim"} {
+		err := filepath.WalkDir(filepath.Join(repository, dir), func(path string, _ os.DirEntry, err error) error {
+			if err != nil || filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			content, err := os.ReadFile(path)
+			source.Write(content)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	content, err := os.ReadFile(filepath.Join(repository, "docs/troubleshooting.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for line := range strings.Lines(string(content)) {
+		message, _, ok := strings.Cut(strings.TrimPrefix(line, "| `"), "` |")
+		if !ok || !strings.HasPrefix(line, "| `") {
+			continue
+		}
+		seen++
+		for _, words := range strings.Split(message, "…") {
+			if words = strings.TrimSpace(words); !strings.Contains(source.String(), words) {
+				t.Errorf("no message has the words %q", words)
+			}
+		}
+	}
+	if seen < 30 {
+		t.Errorf("%d messages were found: there are more", seen)
+	}
+}
