@@ -353,13 +353,14 @@ func TestKeysInDocuments(t *testing.T) {
 // between … is for the place to say.
 func TestMessagesInTroubleshooting(t *testing.T) {
 	var source strings.Builder
-	for _, dir := range []string{"cmd", "criu", "shim"} {
+	asPrinted := strings.NewReplacer("%%", "%", `\"`, `"`)
+	for _, dir := range []string{"cmd", "criu", "shim", "systemd"} {
 		err := filepath.WalkDir(filepath.Join(repository, dir), func(path string, _ os.DirEntry, err error) error {
-			if err != nil || filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
+			if ext := filepath.Ext(path); err != nil || ext != ".go" && ext != ".sh" || strings.HasSuffix(path, "_test.go") {
 				return err
 			}
 			content, err := os.ReadFile(path)
-			source.Write(content)
+			source.WriteString(asPrinted.Replace(string(content)))
 			return err
 		})
 		if err != nil {

@@ -57,7 +57,7 @@ func TestContainerd2(t *testing.T) {
 				// containerd passes no flag for them. runc has a file for that, and crun the script in its place.
 				if runtime == "runc" {
 					if c, err := dial(t, second).RunContainer(t.Context(), checkpointed(cp.path, runtime)); err == nil {
-						t.Errorf("container %s was restored without /etc/criu/runc.conf: then the README need not name it", c.ID)
+						t.Errorf("container %s was restored without /etc/criu/runc.conf: then docs/moving.md need not name it", c.ID)
 					}
 					output(t, second, "mkdir", "/etc/criu")
 					if err := os.WriteFile(second.Path("/etc/criu/runc.conf"), []byte("tcp-established\n"), 0o644); err != nil {
@@ -100,7 +100,7 @@ func TestCompressedArchive(t *testing.T) {
 	})
 	t.Run("containerd, as a file", func(t *testing.T) {
 		if c, err := dial(t, second).RunContainer(t.Context(), checkpointed(cp.path, "runc")); err == nil {
-			t.Errorf("container %s was restored of a compressed file: then the README need not say that it cannot be", c.ID)
+			t.Errorf("container %s was restored of a compressed file: then docs/moving.md need not say that it cannot be", c.ID)
 		}
 	})
 }
