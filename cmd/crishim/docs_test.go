@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"unicode"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/pelletier/go-toml/v2"
 
 	"crishim/shim/config"
@@ -140,8 +142,8 @@ func simpleCommands(line string) (commands [][]string) {
 	return commands
 }
 
-// checkCommand says what is wrong with a command line of crishim's, without the word crishim. In prose some of it may be left out.
-func checkCommand(words []string, prose bool) error {
+// checkLine says what is wrong with a command line of crishim's, without the word crishim. In prose some of it may be left out.
+func checkLine(words []string, prose bool) error {
 	root := rootCommand()
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
@@ -176,7 +178,7 @@ func TestCommandsInDocuments(t *testing.T) {
 			switch words[0] {
 			case "crishim":
 				seen++
-				err = checkCommand(words[1:], prose)
+				err = checkLine(words[1:], prose)
 			case "make":
 				for _, target := range words[1:] {
 					named := regexp.MustCompile(`(?m)^(\.PHONY:.* )?` + regexp.QuoteMeta(target) + `\b`)
@@ -214,14 +216,73 @@ func TestWrongCommands(t *testing.T) {
 		"crishim chekpoint default/web/app", "crishim kubelet enabel", "crishim kubelet", "crishim list --form json", "crishim diff before.tar",
 		"crishim convert archive.tar image.tar", "crishim verify", "crishim kubelet enable --timeout soon", "# crishim checkpoint a b # for two",
 	} {
-		if err := checkCommand(simpleCommands(line)[0][1:], false); err == nil {
+		if err := checkLine(simpleCommands(line)[0][1:], false); err == nil {
 			t.Errorf("%s is taken for right", line)
 		}
 	}
 	for _, line := range []string{"crishim check", "# crishim checkpoint default/web -o /data/web.tar", "crishim list --output json | jq .", "crishim completion bash > FILE"} {
-		if err := checkCommand(simpleCommands(line)[0][1:], false); err != nil {
+		if err := checkLine(simpleCommands(line)[0][1:], false); err != nil {
 			t.Errorf("%s: %v", line, err)
 		}
+	}
+}
+
+// TestCommandsOnAnArchive runs the commands in docs/forensics.md that need no node, on archives of a real container under the names that they have there.
+func TestCommandsOnAnArchive(t *testing.T) {
+	dir := t.TempDir()
+	for name, from := range map[string]string{"case-1.tar": "before.tar.zst", "case-2.tar": "after.tar.zst"} {
+		packed, err := os.ReadFile(realArchive(from))
+		if err != nil {
+			t.Fatal(err)
+		}
+		decoder, err := zstd.NewReader(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		content, err := decoder.DecodeAll(packed, nil)
+		decoder.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := map[string]int{}
+	for _, d := range readDocuments(t) {
+		if d.path != "docs/forensics.md" {
+			continue
+		}
+		t.Chdir(dir)
+		for _, b := range d.blocks {
+			for _, line := range b.commandLines() {
+				line = strings.TrimSpace(strings.ReplaceAll(line, "/var/lib/evidence/", ""))
+				if strings.HasPrefix(line, "tar ") {
+					run["tar"]++
+					if out, err := exec.CommandContext(t.Context(), "sh", "-ec", line).CombinedOutput(); err != nil || len(out) == 0 && strings.Contains(line, "-t") {
+						t.Errorf("%s: %v, %s", line, err, out)
+					}
+					continue
+				}
+				for _, words := range simpleCommands(line) {
+					if words[0] != "crishim" || !slices.Contains([]string{"inspect", "verify", "diff"}, words[1]) {
+						continue
+					}
+					run[words[1]]++
+					if out, err := execute(t, words[1:]...); err != nil && !errors.Is(err, errDifferent) || out == "" {
+						t.Errorf("%s: %v, %s", line, err, out)
+					}
+				}
+			}
+		}
+	}
+	for _, name := range []string{"rootfs-diff.tar", "container.log", "checkpoint/inventory.img"} {
+		if _, err := os.Stat(name); err != nil {
+			t.Errorf("the page extracts it: %v", err)
+		}
+	}
+	if run["tar"] < 3 || run["inspect"] < 3 || run["verify"] < 1 || run["diff"] < 1 {
+		t.Errorf("of the commands were run %v: the page has more", run)
 	}
 }
 
