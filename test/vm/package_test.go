@@ -106,7 +106,7 @@ func TestPackage(t *testing.T) {
 				t.Fatalf("got %q, %v, want one path", paths, err)
 			}
 			output(t, "crishim", "verify", paths[0])
-			n.Unharmed(t, checkpoints, k.PodLog(t, "counter"))
+			node.WaitMore(t, k.PodLog(t, "counter"))
 		}},
 		{"an upgrade", func(t *testing.T) {
 			kubeletPid, pid := property(t, kubelet.Service, "MainPID"), property(t, "crishim.service", "MainPID")
@@ -154,11 +154,6 @@ func TestPackage(t *testing.T) {
 		{"it is removed and purged", func(t *testing.T) {
 			output(t, "dpkg", "--remove", "crishim")
 			k := back(t)
-			archives, err := filepath.Glob(filepath.Join(checkpoints, "*.tar"))
-			if err != nil || len(archives) != 1 {
-				t.Errorf("archives are %q, %v, and one was made", archives, err)
-			}
-			n.Unharmed(t, checkpoints, k.PodLog(t, "counter"))
 			if _, err := os.Stat(config); err != nil {
 				t.Errorf("the configuration: %v", err)
 			}
@@ -169,9 +164,14 @@ func TestPackage(t *testing.T) {
 			if state := property(t, "crishim.socket", "LoadState"); state != "not-found" {
 				t.Errorf("crishim.socket is %s", state)
 			}
+			archives, err := filepath.Glob(filepath.Join(checkpoints, "*.tar"))
+			if err != nil || len(archives) != 1 {
+				t.Errorf("archives are %q, %v, and one was made", archives, err)
+			}
 			if err := removeArchives(); err != nil {
 				t.Error(err)
 			}
+			n.Unharmed(t, checkpoints, k.PodLog(t, "counter"))
 			if err := k.RemovePod(t.Context(), "counter"); err != nil {
 				t.Error(err)
 			}
@@ -254,7 +254,7 @@ exec `+node.KubeletPath+` "$@"
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		for _, path := range []string{"/usr/lib/systemd/system/kubelet.service", kubeadm, "/var/lib/kubelet/kubeadm-flags.env", extraArgs, "/usr/local/lib/kubelet"} {
+		for _, path := range []string{"/usr/lib/systemd/system/kubelet.service", kubeadm, dropIn, "/var/lib/kubelet/kubeadm-flags.env", extraArgs, "/usr/local/lib/kubelet"} {
 			if err := os.RemoveAll(path); err != nil {
 				t.Error(err)
 			}
