@@ -80,7 +80,7 @@ conformance: bin/testnode ## run Kubernetes' NodeConformance specs directly and 
 .PHONY: test-crash
 test-crash: bin/testnode
 	bin/testnode build
-	timeout 8m $(GO) test -count=1 -race -v -timeout 7m ./test/crash | test/no-skips.sh
+	timeout 16m $(GO) test -count=1 -race -v -timeout 15m ./test/crash | test/no-skips.sh
 
 .PHONY: crash
 crash: bin/testnode ## kill daemon, helper and criu 1,000 times (KILLS); as root, takes half an hour
