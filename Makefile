@@ -63,7 +63,7 @@ test-node: bin/testnode
 .PHONY: test-e2e
 test-e2e: setup-vm bin/testnode
 	bin/testnode build
-	timeout 25m $(GO) test -count=1 -race -v -p 1 -timeout 24m $$($(GO) list ./test/... | grep -vE '/test/(conformance|crash|matrix|soak|vm)$$') | test/no-skips.sh
+	timeout 35m $(GO) test -count=1 -race -v -p 1 -timeout 34m $$($(GO) list ./test/... | grep -vE '/test/(conformance|crash|matrix|soak|vm)$$') | test/no-skips.sh
 
 # Kubernetes' own node e2e suite in front of crishim: the spec that checkpoints, and some for each way in which a kubelet uses a runtime.
 .PHONY: test-conformance
