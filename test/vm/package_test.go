@@ -186,6 +186,7 @@ func TestPackage(t *testing.T) {
 // setAside moves away what make install has put into this machine, until the test is over.
 func setAside(t *testing.T) {
 	t.Helper()
+	systemctl(t, "stop", "crishim.service", "crishim.socket")
 	own, err := filepath.Glob("/usr/local/lib/systemd/system/crishim.*")
 	if err != nil {
 		t.Fatal(err)
@@ -205,6 +206,11 @@ func setAside(t *testing.T) {
 	}
 	t.Cleanup(func() { systemctl(t, "daemon-reload") })
 	systemctl(t, "daemon-reload")
+	// What a crishim of an earlier test has left: the state's directory itself may be a mount point.
+	output(t, "find", "/var/lib/crishim", "-mindepth", "1", "-delete")
+	if err := os.RemoveAll("/run/crishim"); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // likeKubeadm makes of the machine's kubelet.service one as Kubernetes' packages and kubeadm have it, with the same flags.
