@@ -115,7 +115,7 @@ test-vm: setup-vm bin/testnode
 	bin/testnode build
 	rm -rf bin/vm
 	$(MAKE) --no-print-directory packages RELEASE=bin/vm ARCHES=amd64 FORMATS=deb
-	timeout 20m $(GO) test -count=1 -v -p 1 -timeout 18m -exec "$(CURDIR)/bin/testnode vm --copy=$$(ls $(CURDIR)/bin/vm/*.deb) --" ./test/vm | test/no-skips.sh
+	timeout 26m $(GO) test -count=1 -v -p 1 -timeout 25m -exec "$(CURDIR)/bin/testnode vm --copy=$$(ls $(CURDIR)/bin/vm/*.deb) --" ./test/vm | test/no-skips.sh
 
 # Those kinds of containers that need what few machines have, on cgroup v2, in a virtual machine of their own.
 .PHONY: test-vm-matrix
