@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,9 +15,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"github.com/sirupsen/logrus/hooks/test"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -54,27 +51,8 @@ func newBed(t *testing.T) *bed {
 	b.service = checkpoint.New(checkpoint.Config{
 		Runtime: b.containerd.Runtime, Images: b.containerd.Images, Criu: "criu", Version: "test", State: t.TempDir(), Log: log,
 	})
-	socket := filepath.Join(t.TempDir(), "admin.sock")
-	listener, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := admin.New(b.service, log)
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(listener) }()
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		conn.Close()
-		server.Stop()
-		if err := <-done; err != nil {
-			t.Errorf("serve: %v", err)
-		}
-		b.service.Drain(context.Background())
-	})
-	b.AdminServiceClient = crishimv1.NewAdminServiceClient(conn)
+	t.Cleanup(func() { b.service.Drain(context.Background()) })
+	b.AdminServiceClient = crishimv1.NewAdminServiceClient(node.Serve(t, admin.New(b.service, log)))
 	if err := os.Mkdir(b.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -17,7 +16,6 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"crishim/shim/checkpoint"
@@ -43,28 +41,10 @@ func serve(t *testing.T) (*node.Client, runtimeapi.RuntimeServiceClient) {
 	t.Helper()
 	containerd := node.Containerd(t)
 	service := checkpoint.New(checkpoint.Config{Runtime: containerd.Runtime, Images: containerd.Images, Criu: "criu", Version: "test", State: t.TempDir(), Log: testLog(t)})
-	socket := filepath.Join(t.TempDir(), "crishim.sock")
-	listener, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	t.Cleanup(func() { service.Drain(context.Background()) })
 	server := grpc.NewServer()
 	runtimeapi.RegisterRuntimeServiceServer(server, service)
-	done := make(chan error, 1)
-	go func() { done <- server.Serve(listener) }()
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		conn.Close()
-		server.Stop()
-		if err := <-done; err != nil {
-			t.Errorf("serve: %v", err)
-		}
-		service.Drain(context.Background())
-	})
-	return containerd, runtimeapi.NewRuntimeServiceClient(conn)
+	return containerd, runtimeapi.NewRuntimeServiceClient(node.Serve(t, server))
 }
 
 func testLog(t *testing.T) logrus.FieldLogger {

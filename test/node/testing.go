@@ -3,12 +3,16 @@ package node
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 )
 
 // Containerd returns a client of the containerd of the node that the test runs in, closed at the test's end. It skips the test
@@ -22,6 +26,30 @@ func Containerd(t testing.TB) *Client {
 	}
 	t.Cleanup(func() { client.Close() })
 	return client
+}
+
+// Serve serves a server's services on a socket until the test's end, and returns a connection to it.
+func Serve(t testing.TB, server *grpc.Server) *grpc.ClientConn {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "server.sock")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(listener) }()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		conn.Close()
+		server.Stop()
+		if err := <-done; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+	return conn
 }
 
 // Run runs a container that is removed at the test's end.
