@@ -141,6 +141,9 @@ func (c *Copy) Finish(ctx context.Context, deleted func(path string) error) ([]P
 }
 
 func (c *Copy) finish(ctx context.Context, deleted func(path string) error) ([]Piece, error) {
+	if err := c.second.reset(); err != nil {
+		return nil, err
+	}
 	k := c.walk(ctx)
 	k.deleted = deleted
 	k.second = &secondPass{first: c.first.file, spool: c.second}

@@ -100,6 +100,17 @@ func newSpool(file *os.File) *spool {
 	return &spool{Writer: bufio.NewWriterSize(file, spoolBuffer), file: file, buf: make([]byte, spoolBuffer)}
 }
 
+// reset empties it.
+func (s *spool) reset() error {
+	if err := s.file.Truncate(0); err != nil {
+		return err
+	}
+	_, err := s.file.Seek(0, io.SeekStart)
+	s.Writer.Reset(s.file)
+	s.position, s.started = 0, 0
+	return err
+}
+
 func (s *spool) Write(b []byte) (int, error) {
 	n, err := s.Writer.Write(b)
 	s.position += int64(n)
