@@ -76,10 +76,15 @@ type Dump struct {
 	Work      *os.File // directory for dump.log and stats-dump
 	// PreDump, if not nil, is called just before criu freezes the container: some milliseconds, and before each attempt where there are two.
 	PreDump func()
-	// PostDump is called once, when all images are written and the tasks are still stopped. An error from it fails the
+	// Stopped, if not nil, is called when the tasks are stopped and criu has written nothing yet, and holds criu up. It comes with the
+	// notification network-lock, and so not at all for a container in the network namespace of criu; where there are two attempts, maybe in each.
+	Stopped func()
+	// PostDump is called once, when all images are written and the tasks are still stopped. added says whether CRIU has added names to
+	// files of the container since Stopped, see Captured. It may also have made directories and removed them, cr-tmpfs.XXXXXX in /tmp or /, and
+	// nothing else. An error from it fails the
 	// dump. It runs in a goroutine of its own: when ctx ends before it has returned, as it may where a disk has stalled, the
 	// tasks go on at once, and Run waits for it after that.
-	PostDump func() error
+	PostDump func(added bool) error
 }
 
 // Run dumps the container and leaves it running. It returns when criu has exited.
@@ -149,11 +154,12 @@ func (d Dump) run(ctx context.Context, network networkMode) error {
 	if err != nil {
 		return errors.Join(err, criu.Cleanup())
 	}
-	hook := &notify{ctx: ctx, aborter: aborter, preDump: d.PreDump, postDump: func() error {
-		if err := d.checkLinks(); err != nil || d.PostDump == nil {
+	hook := &notify{ctx: ctx, aborter: aborter, preDump: d.PreDump, stopped: d.Stopped, postDump: func() error {
+		added, err := d.checkLinks()
+		if err != nil || d.PostDump == nil {
 			return err
 		}
-		return d.PostDump()
+		return d.PostDump(added)
 	}}
 	err = criu.Dump(d.options(network), hook)
 	// The pid is criu's until Cleanup has waited for it: only then is it safe to have stopped aborting.
@@ -244,6 +250,7 @@ type notify struct {
 	ctx      context.Context
 	aborter  *aborter
 	preDump  func()
+	stopped  func()
 	postDump func() error
 	running  sync.WaitGroup // postDump
 	err      error          // what a notification was answered with
@@ -258,6 +265,14 @@ func (n *notify) PreDump() error {
 		n.err = context.Cause(n.ctx)
 	}
 	return n.err
+}
+
+// NetworkLock comes when criu has stopped all tasks, whether it is to lock the network or not.
+func (n *notify) NetworkLock() error {
+	if n.stopped != nil && n.ctx.Err() == nil {
+		n.stopped()
+	}
+	return nil // an end of ctx is the aborter's
 }
 
 // PostDump is the last moment at which the dump can be stopped. From its return on criu only unlocks and resumes, and a

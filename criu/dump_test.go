@@ -43,7 +43,8 @@ type report struct {
 	Stats     criu.Stats
 	Error     string
 	PostDumps int
-	Stopped   string // state of the init process in PostDump
+	Early     string // state of the init process in Stopped, and how many images of pages there are
+	Stopped   string // its state in PostDump
 	Later     string // and at the end of one that hangs
 }
 
@@ -90,17 +91,21 @@ func dump(o order) (r report, err error) {
 	if o.Version != 0 {
 		features.Version = o.Version
 	}
-	r.Stats, err = criu.Dump{Criu: features.Path, Version: features.Version, Container: o.Container, Images: images, Work: work, PostDump: func() error {
-		r.PostDumps++
+	state := func() string {
 		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.Container.Pid))
 		_, after, _ := strings.Cut(string(status), "State:")
-		r.Stopped = strings.TrimSpace(after[:strings.IndexByte(after, '\n')])
+		return strings.TrimSpace(after[:strings.IndexByte(after, '\n')])
+	}
+	r.Stats, err = criu.Dump{Criu: features.Path, Version: features.Version, Container: o.Container, Images: images, Work: work, Stopped: func() {
+		pages, _ := filepath.Glob(filepath.Join(images.Name(), "pages-*.img"))
+		r.Early += fmt.Sprintf("%s, %d", state(), len(pages))
+	}, PostDump: func(bool) error {
+		r.PostDumps++
+		r.Stopped = state()
 		if o.PostDumpHang {
 			cancel()
 			time.Sleep(2 * time.Second)
-			status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", o.Container.Pid))
-			_, after, _ := strings.Cut(string(status), "State:")
-			r.Later = strings.TrimSpace(after[:strings.IndexByte(after, '\n')])
+			r.Later = state()
 		}
 		if o.PostDumpFail != "" {
 			return errors.New(o.PostDumpFail)
@@ -173,6 +178,9 @@ func TestDump(t *testing.T) {
 			}
 			if r.PostDumps != 1 {
 				t.Errorf("PostDump was called %d times", r.PostDumps)
+			}
+			if state := r.Early; state != "t (tracing stop), 0" {
+				t.Errorf("in Stopped the process and the number of images of its memory were %q, want it stopped, and none", state)
 			}
 			if state := r.Stopped; !strings.HasPrefix(state, "t") && !strings.HasPrefix(state, "D") {
 				t.Errorf("in PostDump the process was %s, want stopped or frozen", state)

@@ -19,19 +19,19 @@ import (
 // the dump: link_remap.N, in the same directory or, where that is gone, in the one above. A restore opens it by that name and then
 // removes it. So the name must be in what is restored: PostDump has to find it where it looks.
 
-// checkLinks fails if CRIU has put such a name where its caller does not take it from: in a volume.
-func (d Dump) checkLinks() error {
+// checkLinks says whether CRIU has added such names, and fails if it has put one where its caller does not take it from: in a volume.
+func (d Dump) checkLinks() (added bool, err error) {
 	links := make(map[uint32]uint32) // from the added name to the deleted one, by the ids that CRIU gives to files
-	err := readImage(d, "remap-fpath.img", "REMAP_FPATH", func(entry *remapfilepath.RemapFilePathEntry) {
+	err = readImage(d, "remap-fpath.img", "REMAP_FPATH", func(entry *remapfilepath.RemapFilePathEntry) {
 		if entry.GetRemapType() == remapfilepath.RemapType_LINKED {
 			links[entry.GetRemapId()] = entry.GetOrigId()
 		}
 	})
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return false, nil
 	}
 	if err != nil || len(links) == 0 {
-		return err
+		return false, err
 	}
 	paths := make(map[uint32]string)
 	err = readImage(d, "files.img", "FILES", func(entry *fdinfo.FileEntry) {
@@ -40,21 +40,21 @@ func (d Dump) checkLinks() error {
 		}
 	})
 	if err != nil {
-		return err
+		return false, err
 	}
-	for added, deleted := range links {
-		volume := d.Container.mountOf(paths[added])
+	for name, deleted := range links {
+		volume := d.Container.mountOf(paths[name])
 		if volume == "" || slices.Contains(d.Captured, volume) {
 			continue
 		}
 		at := place{fd: -1, path: paths[deleted]}
 		d.Container.findDescriptor(&at, func(link string) bool { return link == at.path+" (deleted)" })
-		return &Error{
+		return false, &Error{
 			Limit: limit(volumeLinkName), Place: d.Container.describe(at),
 			Cause: "a deleted file that has another name, in the volume at " + volume,
 		}
 	}
-	return nil
+	return true, nil
 }
 
 func readImage[T any, E image.Entry[T]](d Dump, name, kind string, use func(E)) error {

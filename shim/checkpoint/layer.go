@@ -16,11 +16,24 @@ import (
 	"crishim/shim/rootfs"
 )
 
-// layer is the container's writable layer while it is captured. It is nil where there is none.
+// layer is the container's writable layer while it is captured, in two passes. The second runs beside CRIU where it can: from the moment at which
+// the tasks are stopped, which is before CRIU writes their memory.
 type layer struct {
 	dirs    rootfs.Layer // open until all is taken of it, and no longer: a runtime cannot unmount what somebody has open
 	scratch []*os.File
+	deleted *os.File // becomes deleted.files; one of scratch
 	copy    *rootfs.Copy
+
+	second *secondPass // nil if none has begun
+}
+
+// secondPass is one that runs in a goroutine of its own. What it has found is there after done.
+type secondPass struct {
+	cancel  context.CancelFunc
+	done    chan struct{}
+	pieces  []archive.Segment
+	touched bool // by CRIU, meanwhile
+	err     error
 }
 
 // begin copies what is at rest in the writable layer, while the container runs.
@@ -34,15 +47,73 @@ func (c *capture) begin(ctx context.Context) error {
 	if c.layer.dirs, err = openLayer(described, c.container.GetRootfs()); err != nil {
 		return err
 	}
-	var scratch [4]*os.File
+	var scratch [5]*os.File
 	for i := range scratch {
 		if scratch[i], err = c.staging.Scratch(); err != nil {
 			return err
 		}
 		c.layer.scratch = append(c.layer.scratch, scratch[i])
 	}
-	c.layer.copy = rootfs.NewCopy(c.layer.dirs, criuContainer(c.container).Processes, scratch)
+	c.layer.deleted = scratch[4]
+	c.layer.copy = rootfs.NewCopy(c.layer.dirs, criuContainer(c.container).Processes, [4]*os.File(scratch[:4]))
 	return c.layer.copy.Begin(ctx)
+}
+
+// startSecond begins the second pass, in place of one that has begun before.
+func (l *layer) startSecond(ctx context.Context) {
+	l.stopSecond()
+	ctx, cancel := context.WithCancel(ctx)
+	second := &secondPass{cancel: cancel, done: make(chan struct{})}
+	l.second = second
+	go func() {
+		defer close(second.done)
+		before := l.whereCriuMounts()
+		second.pieces, second.err = l.takeChanges(ctx)
+		second.touched = l.whereCriuMounts() != before
+	}()
+}
+
+// stopSecond ends the second pass that has begun, if one has.
+func (l *layer) stopSecond() {
+	if l.second != nil {
+		l.second.cancel()
+		<-l.second.done
+	}
+}
+
+// whereCriuMounts is the state of the directories in which CRIU makes others for a moment, cr-tmpfs.XXXXXX, to mount on them what is hidden by
+// another mount: /tmp or, if it cannot there, the root.
+func (l *layer) whereCriuMounts() (states [2]unix.Stat_t) {
+	// Nothing for one that is not there.
+	_ = unix.Fstatat(int(l.dirs.Merged.Fd()), "", &states[0], unix.AT_EMPTY_PATH)
+	fd, err := unix.Openat2(int(l.dirs.Merged.Fd()), "tmp", &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
+	if err == nil {
+		_ = unix.Fstat(fd, &states[1])
+		unix.Close(fd)
+	}
+	for i := range states {
+		states[i].Atim = unix.Timespec{} // which reading changes
+	}
+	return states
+}
+
+func (l *layer) takeChanges(ctx context.Context) ([]archive.Segment, error) {
+	if err := l.deleted.Truncate(0); err != nil {
+		return nil, err
+	}
+	if _, err := l.deleted.Seek(0, io.SeekStart); err != nil {
+		return nil, err
+	}
+	deleted := &stringArray{w: bufio.NewWriter(l.deleted)}
+	pieces, err := l.copy.Finish(ctx, deleted.add)
+	if err != nil {
+		return nil, err
+	}
+	segments := make([]archive.Segment, len(pieces))
+	for i, p := range pieces {
+		segments[i] = archive.Segment(p)
+	}
+	return segments, deleted.end()
 }
 
 // close closes what begin has opened. Members that rootfs has composed are to be read before.
@@ -50,32 +121,49 @@ func (l *layer) close() {
 	if l == nil {
 		return
 	}
+	l.stopSecond()
 	closeLayer(l.dirs)
 	for _, f := range l.scratch {
 		f.Close()
 	}
 }
 
-// rootfs captures what the container has changed of its root file system.
-func (c *capture) rootfs(ctx context.Context) error {
-	return c.member(archive.DeletedFiles, func(w io.Writer) error {
-		deleted := &stringArray{w: bufio.NewWriter(w)}
-		if c.layer != nil {
-			pieces, err := c.layer.copy.Finish(ctx, deleted.add)
-			if err != nil {
-				return err
-			}
-			segments := make([]archive.Segment, len(pieces))
-			for i, p := range pieces {
-				segments[i] = archive.Segment(p)
-			}
-			if err := c.staging.Compose(archive.RootfsDiff, segments); err != nil {
-				return err
-			}
-			closeLayer(c.layer.dirs)
-		}
-		return deleted.end()
-	})
+// stopped is called when the tasks are stopped.
+func (c *capture) stopped(ctx context.Context) {
+	if c.layer != nil {
+		c.layer.startSecond(ctx)
+	}
+}
+
+// rootfs captures what the container has changed of its root file system. added says whether names have come since stopped.
+func (c *capture) rootfs(ctx context.Context, added bool) error {
+	if c.layer == nil {
+		return c.staging.WriteFile(archive.DeletedFiles, []byte("[]"))
+	}
+	if c.layer.second == nil {
+		c.layer.startSecond(ctx)
+	}
+	<-c.layer.second.done
+	if added || c.layer.second.touched {
+		// By now CRIU makes and removes nothing any more.
+		c.layer.startSecond(ctx)
+		<-c.layer.second.done
+	}
+	if err := c.layer.second.err; err != nil {
+		return err
+	}
+	size, err := c.layer.deleted.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return err
+	}
+	if err := c.staging.Compose(archive.DeletedFiles, []archive.Segment{{File: c.layer.deleted, Length: size}}); err != nil {
+		return err
+	}
+	if err := c.staging.Compose(archive.RootfsDiff, c.layer.second.pieces); err != nil {
+		return err
+	}
+	closeLayer(c.layer.dirs)
+	return nil
 }
 
 // openLayer opens the directories of a layer that is mounted at merged. The caller closes it, even if there is an error.

@@ -113,10 +113,11 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		Images:    staging.Images(),
 		Work:      staging.Dir(),
 		PreDump:   frozen.begin,
-		PostDump: func() error {
+		Stopped:   func() { capture.stopped(dumping) },
+		PostDump: func(added bool) error {
 			meter.enter(crishimv1.Phase_PHASE_CAPTURE)
 			failpoint.Hit("memory written")
-			err := capture.run(dumping)
+			err := capture.run(dumping, added)
 			failpoint.Hit("captured")
 			return err
 		},
@@ -247,12 +248,13 @@ type capture struct {
 	logSize int64    // at that moment
 }
 
-func (c *capture) run(ctx context.Context) error {
+// run takes the rest. added says whether names have come to the container's files since stopped.
+func (c *capture) run(ctx context.Context, added bool) error {
 	// The tasks are stopped: from here on the pid cannot come to mean another process.
 	if err := c.process.Verify(); err != nil {
 		return err
 	}
-	if err := c.rootfs(ctx); err != nil {
+	if err := c.rootfs(ctx, added); err != nil {
 		return fmt.Errorf("capture changes of the root file system: %w", err)
 	}
 	if err := c.shm(ctx); err != nil {
