@@ -161,6 +161,7 @@ func (n *Node) kubeletConfig(options KubeletOptions) map[string]any {
 	}
 	if n.systemd {
 		config["cgroupDriver"] = "systemd"
+		config["syncFrequency"] = "10s" // an emulated processor has enough to do
 	}
 	for key, value := range options.Config {
 		config[key] = value

@@ -157,7 +157,7 @@ func LastCount(output string) int {
 // WaitCount waits until a workload's output has a number over n, and returns the last one.
 func WaitCount(t testing.TB, n int, output func() (string, error)) int {
 	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		text, err := output()
 		if err != nil {
 			t.Fatal(err)
@@ -166,7 +166,7 @@ func WaitCount(t testing.TB, n int, output func() (string, error)) int {
 			return now
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("no count over %d for 2 min; output ends in %q", n, text[max(0, len(text)-200):])
+			t.Fatalf("no count over %d for %s; output ends in %q", n, patience, text[max(0, len(text)-200):])
 		}
 	}
 }

@@ -17,7 +17,8 @@ import (
 // upgrade has systemd restart crishim, as the installation of another version does, while 20 pods are there, come and go, and one of them is
 // dumped. No pod is any the worse for it, and the kubelet finds its node ready all the time.
 func upgrade(t *testing.T, n *node.Node) {
-	systemctl(t, "start", "kubelet.service") // where this part runs alone
+	output(t, "crishim", "kubelet", "enable") // where this part runs alone
+	systemctl(t, "start", "kubelet.service")
 	k := meet(t, n)
 	names := func(kind string, count int) (all []string) {
 		for i := range count {
@@ -46,13 +47,6 @@ func upgrade(t *testing.T, n *node.Node) {
 
 	log := n.PodLogFile(k.PodName(stay[0]), stay[0])
 	node.WaitCount(t, 0, log)
-	held, ended := node.HoldCheckpoint(t, checkpoints, "", func() error {
-		if err := removeArchives(); err != nil {
-			return err
-		}
-		_, err := k.Checkpoint(ctx, k.PodName(stay[0]), stay[0], 0)
-		return err
-	})
 	for _, name := range leave {
 		if err := k.UnwritePod(name); err != nil {
 			t.Fatal(err)
@@ -77,6 +71,13 @@ func upgrade(t *testing.T, n *node.Node) {
 			}
 		}
 		return false
+	})
+	held, ended := node.HoldCheckpoint(t, checkpoints, "", func() error {
+		if err := removeArchives(); err != nil {
+			return err
+		}
+		_, err := k.Checkpoint(ctx, k.PodName(stay[0]), stay[0], 0)
+		return err
 	})
 	begin := time.Now()
 	restarted := make(chan error, 1)
