@@ -217,6 +217,8 @@ package-%: bin/nfpm
 	rm -rf $(RELEASE)/$*
 	$(MAKE) --no-print-directory install GOOS=linux GOARCH=$* BINARY=$(RELEASE)/$*/crishim DESTDIR=$(abspath $(RELEASE))/$*/stage PREFIX=/usr
 	bin/sbom $(VERSION) $(RELEASE)/$*/crishim > $(RELEASE)/$*/stage/sbom.json
+	install -d $(RELEASE)/$*/stage/usr/share/doc/crishim
+	cp -r README.md SECURITY.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md docs $(RELEASE)/$*/stage/usr/share/doc/crishim
 	find $(RELEASE)/$*/stage/usr/share/man -type f -exec gzip -9n {} +
 	mv $(RELEASE)/$*/stage/usr/share/zsh/site-functions/_crishim $(RELEASE)/$*/stage/_crishim
 	rm -r $(RELEASE)/$*/stage/usr/share/zsh

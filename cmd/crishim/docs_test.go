@@ -17,6 +17,7 @@ import (
 
 	"crishim/shim/config"
 	"crishim/systemd"
+	"crishim/test/documents"
 )
 
 // The tests here hold the documents to the commands, the configuration and the messages that there are. What the commands do on a node, and what comes
@@ -24,122 +25,13 @@ import (
 
 const repository = "../.."
 
-// document is one that people read.
-type document struct {
-	path   string // from the repository's root
-	text   string
-	blocks []block  // of code
-	prose  string   // all that is not in such a block
-	spans  []string // of code, in the prose
-}
-
-type block struct {
-	language string
-	lines    []string
-}
-
-// readDocuments reads README.md, SECURITY.md and what is in docs.
-func readDocuments(t *testing.T) []document {
+func readDocuments(t *testing.T) []documents.Page {
 	t.Helper()
-	paths := []string{"README.md", "SECURITY.md"}
-	for _, pattern := range []string{"docs/*.md", "docs/*/*.md"} {
-		found, err := filepath.Glob(filepath.Join(repository, pattern))
-		if err != nil || len(found) == 0 {
-			t.Fatalf("no %s, %v", pattern, err)
-		}
-		for _, path := range found {
-			relative, err := filepath.Rel(repository, path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			paths = append(paths, relative)
-		}
-	}
-	var all []document
-	for _, path := range paths {
-		content, err := os.ReadFile(filepath.Join(repository, path))
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, parseDocument(path, string(content)))
+	all, err := documents.Read(repository)
+	if err != nil {
+		t.Fatal(err)
 	}
 	return all
-}
-
-var codeSpan = regexp.MustCompile("`([^`\n]+)`")
-
-// parseDocument tells blocks of code, fenced or indented, from prose. Code in lists has none here, and is taken for prose.
-func parseDocument(path, text string) document {
-	d := document{path: path, text: text}
-	var prose strings.Builder
-	fenced, before := false, "" // the line before, as an indented block begins behind an empty one
-	for line := range strings.Lines(text) {
-		line = strings.TrimRight(line, "\n")
-		fence, isFence := strings.CutPrefix(line, "```")
-		code, indented := strings.CutPrefix(line, "    ")
-		inBlock := strings.HasPrefix(before, "    ")
-		switch {
-		case isFence:
-			if fenced = !fenced; fenced {
-				d.blocks = append(d.blocks, block{language: fence})
-			}
-			line = ""
-		case fenced:
-			last := &d.blocks[len(d.blocks)-1]
-			last.lines = append(last.lines, line)
-			line = ""
-		case indented && (inBlock || before == ""):
-			if !inBlock {
-				d.blocks = append(d.blocks, block{})
-			}
-			last := &d.blocks[len(d.blocks)-1]
-			last.lines = append(last.lines, code)
-		default:
-			prose.WriteString(line)
-		}
-		prose.WriteByte('\n')
-		before = line
-	}
-	d.prose = prose.String()
-	for _, match := range codeSpan.FindAllStringSubmatch(d.prose, -1) {
-		d.spans = append(d.spans, match[1])
-	}
-	return d
-}
-
-// commandLines returns the lines of a block, with those that a backslash divides put together.
-func (b block) commandLines() []string {
-	return strings.Split(strings.ReplaceAll(strings.Join(b.lines, "\n"), "\\\n", " "), "\n")
-}
-
-// simpleCommands returns the commands of a line of shell, each as its words. It knows root's prompt, pipes, lists, comments and redirections, and the brackets of
-// a synopsis; quotes only stay where they are.
-func simpleCommands(line string) (commands [][]string) {
-	if command, ok := strings.CutPrefix(line, "# "); ok && strings.HasPrefix(command, "crishim ") {
-		line = command // root's prompt, and no comment
-	}
-	var words []string
-	end := func() {
-		if len(words) > 0 {
-			commands = append(commands, words)
-		}
-		words = nil
-	}
-	fields := strings.Fields(line)
-	for i := 0; i < len(fields); i++ {
-		switch word := fields[i]; {
-		case word == "#":
-			i = len(fields)
-		case word == "|", word == "&&", word == "||", word == ";", word == "&":
-			end()
-		case word == ">", word == "<", word == ">>", word == "2>":
-			i++ // and what it leads to
-		default:
-			words = append(words, strings.Trim(word, "[]"))
-		}
-	}
-	end()
-	return commands
 }
 
 // checkLine says what is wrong with a command line of crishim's, without the word crishim. In prose some of it may be left out.
@@ -172,8 +64,8 @@ func TestCommandsInDocuments(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen := 0
-	check := func(d document, line string, prose bool) {
-		for _, words := range simpleCommands(line) {
+	check := func(d documents.Page, line string, prose bool) {
+		for _, words := range documents.Commands(line) {
 			var err error
 			switch words[0] {
 			case "crishim":
@@ -188,18 +80,18 @@ func TestCommandsInDocuments(t *testing.T) {
 				}
 			}
 			if err != nil {
-				t.Errorf("%s: %s: %v", d.path, line, err)
+				t.Errorf("%s: %s: %v", d.Path, line, err)
 			}
 		}
 	}
 	for _, d := range readDocuments(t) {
-		for _, b := range d.blocks {
-			for _, line := range b.commandLines() {
+		for _, b := range d.Blocks {
+			for _, line := range b.CommandLines() {
 				check(d, line, false)
 			}
 		}
 		said := messages(d)
-		for _, span := range d.spans {
+		for _, span := range d.Spans {
 			if !slices.Contains(said, span) {
 				check(d, span, true)
 			}
@@ -210,18 +102,45 @@ func TestCommandsInDocuments(t *testing.T) {
 	}
 }
 
+// TestEachCommandIsRun sees that each command of the documents is typed by test/vm, or is one that a test runs by other means.
+func TestEachCommandIsRun(t *testing.T) {
+	tests := map[string]bool{}
+	files, err := filepath.Glob(filepath.Join(repository, "test/*/*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range files {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllStringSubmatch(string(content), -1) {
+			tests[match[1]] = true
+		}
+	}
+	for _, d := range readDocuments(t) {
+		for _, b := range d.Blocks {
+			for _, line := range b.CommandLines() {
+				if elsewhere := documents.Elsewhere(line); elsewhere != "" && !tests[elsewhere] {
+					t.Errorf("%s: %s: there is no test %s", d.Path, line, elsewhere)
+				}
+			}
+		}
+	}
+}
+
 // TestWrongCommands sees that the test above can fail.
 func TestWrongCommands(t *testing.T) {
 	for _, line := range []string{
 		"crishim chekpoint default/web/app", "crishim kubelet enabel", "crishim kubelet", "crishim list --form json", "crishim diff before.tar",
 		"crishim convert archive.tar image.tar", "crishim verify", "crishim kubelet enable --timeout soon", "# crishim checkpoint a b # for two",
 	} {
-		if err := checkLine(simpleCommands(line)[0][1:], false); err == nil {
+		if err := checkLine(documents.Commands(line)[0][1:], false); err == nil {
 			t.Errorf("%s is taken for right", line)
 		}
 	}
 	for _, line := range []string{"crishim check", "# crishim checkpoint default/web -o /data/web.tar", "crishim list --output json | jq .", "crishim completion bash > FILE"} {
-		if err := checkLine(simpleCommands(line)[0][1:], false); err != nil {
+		if err := checkLine(documents.Commands(line)[0][1:], false); err != nil {
 			t.Errorf("%s: %v", line, err)
 		}
 	}
@@ -250,12 +169,12 @@ func TestCommandsOnAnArchive(t *testing.T) {
 	}
 	run := map[string]int{}
 	for _, d := range readDocuments(t) {
-		if d.path != "docs/forensics.md" {
+		if d.Path != "docs/forensics.md" {
 			continue
 		}
 		t.Chdir(dir)
-		for _, b := range d.blocks {
-			for _, line := range b.commandLines() {
+		for _, b := range d.Blocks {
+			for _, line := range b.CommandLines() {
 				line = strings.TrimSpace(strings.ReplaceAll(line, "/var/lib/evidence/", ""))
 				if strings.HasPrefix(line, "tar ") {
 					run["tar"]++
@@ -264,7 +183,7 @@ func TestCommandsOnAnArchive(t *testing.T) {
 					}
 					continue
 				}
-				for _, words := range simpleCommands(line) {
+				for _, words := range documents.Commands(line) {
 					if words[0] != "crishim" || !slices.Contains([]string{"inspect", "verify", "diff"}, words[1]) {
 						continue
 					}
@@ -290,23 +209,23 @@ var link = regexp.MustCompile(`\]\(([^)\s]+)\)`)
 
 func TestLinksInDocuments(t *testing.T) {
 	for _, d := range readDocuments(t) {
-		for _, match := range link.FindAllStringSubmatch(codeSpan.ReplaceAllString(d.prose, "code"), -1) {
+		for _, match := range link.FindAllStringSubmatch(documents.CodeSpan.ReplaceAllString(d.Prose, "code"), -1) {
 			target, fragment, _ := strings.Cut(match[1], "#")
 			if strings.Contains(target, "://") {
 				continue
 			}
-			path := filepath.Join(repository, d.path)
+			path := filepath.Join(repository, d.Path)
 			if target != "" {
-				path = filepath.Join(repository, filepath.Dir(d.path), target)
+				path = filepath.Join(repository, filepath.Dir(d.Path), target)
 			}
 			content, err := os.ReadFile(path)
-			if info, statErr := os.Stat(path); statErr != nil || !filepath.IsLocal(filepath.Join(filepath.Dir(d.path), target)) {
-				t.Errorf("%s: the link %s leads nowhere: %v", d.path, match[1], statErr)
+			if info, statErr := os.Stat(path); statErr != nil || !filepath.IsLocal(filepath.Join(filepath.Dir(d.Path), target)) {
+				t.Errorf("%s: the link %s leads nowhere: %v", d.Path, match[1], statErr)
 			} else if !info.IsDir() && err != nil {
 				t.Error(err)
 			}
 			if fragment != "" && !slices.Contains(anchors(string(content)), fragment) {
-				t.Errorf("%s: the link %s leads to no heading", d.path, match[1])
+				t.Errorf("%s: the link %s leads to no heading", d.Path, match[1])
 			}
 		}
 	}
@@ -314,7 +233,7 @@ func TestLinksInDocuments(t *testing.T) {
 
 // anchors are what GitHub makes of the headings of a document.
 func anchors(text string) (all []string) {
-	for _, line := range strings.Split(parseDocument("", text).prose, "\n") {
+	for _, line := range strings.Split(documents.Parse("", text).Prose, "\n") {
 		heading := strings.TrimLeft(line, "#")
 		if heading == line || !strings.HasPrefix(heading, " ") {
 			continue
@@ -337,12 +256,12 @@ func TestEachDocumentIsInTheIndex(t *testing.T) {
 	var index string
 	all := readDocuments(t)
 	for _, d := range all {
-		if d.path == "docs/README.md" {
-			index = d.text
+		if d.Path == "docs/README.md" {
+			index = d.Text
 		}
 	}
 	for _, d := range all {
-		path, inDocs := strings.CutPrefix(d.path, "docs/")
+		path, inDocs := strings.CutPrefix(d.Path, "docs/")
 		if inDocs && path != "README.md" && !strings.Contains(index, "]("+path+")") {
 			t.Errorf("docs/README.md does not lead to %s", path)
 		}
@@ -377,7 +296,7 @@ func TestKeysInDocuments(t *testing.T) {
 	}
 	seen := 0
 	for _, d := range readDocuments(t) {
-		for _, span := range d.spans {
+		for _, span := range d.Spans {
 			name := ""
 			if match := keyOfTable.FindStringSubmatch(span); match != nil && match[2] != "tar" {
 				name = match[1] + "." + match[2]
@@ -389,22 +308,22 @@ func TestKeysInDocuments(t *testing.T) {
 			}
 			seen++
 			if !known[name] {
-				t.Errorf("%s: there is no key %s", d.path, name)
+				t.Errorf("%s: there is no key %s", d.Path, name)
 			}
 		}
-		for _, name := range variable.FindAllString(d.text, -1) {
+		for _, name := range variable.FindAllString(d.Text, -1) {
 			if !slices.Contains(variables, name) {
-				t.Errorf("%s: there is no variable %s", d.path, name)
+				t.Errorf("%s: there is no variable %s", d.Path, name)
 			}
 		}
-		for _, b := range d.blocks {
-			if b.language != "toml" {
+		for _, b := range d.Blocks {
+			if b.Language != "toml" {
 				continue
 			}
-			text := strings.Join(b.lines, "\n")
+			text := strings.Join(b.Lines, "\n")
 			keys := config.Defaults()
 			if err := toml.NewDecoder(strings.NewReader(text)).DisallowUnknownFields().Decode(&keys); err != nil {
-				t.Errorf("%s: %v in\n%s", d.path, err, text)
+				t.Errorf("%s: %v in\n%s", d.Path, err, text)
 			}
 			if os.Geteuid() != 0 {
 				continue // the values of a file are looked at only if it is root's
@@ -414,7 +333,7 @@ func TestKeysInDocuments(t *testing.T) {
 				t.Fatal(err)
 			}
 			if _, err := (config.Sources{File: file}).Load(); err != nil {
-				t.Errorf("%s: %v in\n%s", d.path, err, text)
+				t.Errorf("%s: %v in\n%s", d.Path, err, text)
 			}
 		}
 	}
@@ -426,9 +345,9 @@ func TestKeysInDocuments(t *testing.T) {
 var messageRow = regexp.MustCompile("(?m)^\\| `([^`\n]+)` \\|")
 
 // messages are what is in the first column of the tables in docs/troubleshooting.md.
-func messages(d document) (all []string) {
-	if d.path == "docs/troubleshooting.md" {
-		for _, match := range messageRow.FindAllStringSubmatch(d.text, -1) {
+func messages(d documents.Page) (all []string) {
+	if d.Path == "docs/troubleshooting.md" {
+		for _, match := range messageRow.FindAllStringSubmatch(d.Text, -1) {
 			all = append(all, match[1])
 		}
 	}

@@ -18,12 +18,12 @@ import (
 )
 
 // Man pages and completions are made here, not by the binary, which so has nothing in it that a node has no use for: make man.
-var documents = flag.String("documents", "", "directory to write man pages and completions to")
+var documentsDir = flag.String("documents", "", "directory to write man pages and completions to")
 
 // TestDocuments makes them, and sees that nothing lacks its page. Their one source are the commands, and for crishim-config(5) the configuration
 // file that is shipped.
 func TestDocuments(t *testing.T) {
-	dir := *documents
+	dir := *documentsDir
 	if dir == "" {
 		dir = t.TempDir()
 	}

@@ -38,7 +38,7 @@ func TestPackage(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Log(output(t, "journalctl", "--no-pager", "--output=short-monotonic", "--lines=150", "-u", "crishim.service", "-u", "kubelet.service"))
+			t.Log(output(t, "journalctl", "--no-pager", "--output=short-monotonic", "--lines=60", "-u", "crishim.service", "-u", "kubelet.service"))
 		}
 		systemctl(t, "stop", "kubelet.service")
 		if err := n.Stop(); err != nil {
@@ -108,6 +108,7 @@ func TestPackage(t *testing.T) {
 			output(t, "crishim", "verify", paths[0])
 			node.WaitMore(t, k.PodLog(t, "counter"))
 		}},
+		{"the commands of the documents", func(t *testing.T) { commandsInDocuments(t, back(t)) }},
 		{"an upgrade", func(t *testing.T) {
 			kubeletPid, pid := property(t, kubelet.Service, "MainPID"), property(t, "crishim.service", "MainPID")
 			output(t, "dpkg", "--install", packages[0])
@@ -165,8 +166,8 @@ func TestPackage(t *testing.T) {
 				t.Errorf("crishim.socket is %s", state)
 			}
 			archives, err := filepath.Glob(filepath.Join(checkpoints, "*.tar"))
-			if err != nil || len(archives) != 1 {
-				t.Errorf("archives are %q, %v, and one was made", archives, err)
+			if err != nil || len(archives) == 0 {
+				t.Errorf("archives are %q, %v, and those that were made are to stay", archives, err)
 			}
 			if err := removeArchives(); err != nil {
 				t.Error(err)
