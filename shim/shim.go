@@ -50,6 +50,7 @@ type Config struct {
 	Archive     archive.Options
 	Bounds      checkpoint.Bounds
 	Retention   Retention
+	Shutdown    Shutdown
 
 	// Reload, if not nil, is called for each value that comes from Hangup, and returns what there is to change to, which makes sense. The error says
 	// what is wrong, in lines: then all stays as it was.
@@ -57,12 +58,8 @@ type Config struct {
 	Hangup <-chan os.Signal
 }
 
-const (
-	// A checkpoint in flight at shutdown has this long to finish before it is rolled back.
-	drainTimeout = 10 * time.Second
-	// Calls in flight have this long to be answered after that.
-	relayTimeout = 5 * time.Second
-)
+// Shutdown is how long checkpoints in flight have to finish before they are rolled back, and how long calls in flight have to be answered after that.
+type Shutdown struct{ Checkpoints, Calls time.Duration }
 
 // Validate tells whether a daemon could be started with this, as far as can be said before.
 func (c Config) Validate() error {
@@ -190,19 +187,21 @@ func Run(ctx context.Context, config Config) error {
 				checkpoints.Reconfigure(changed.checkpoint(base))
 				route.set(changed.Mode)
 				retainer.changed(changed.Retention)
+				config.Shutdown = changed.Shutdown
 			}))
 			notifySystemd(config.Log, daemon.SdNotifyReady)
 		}
 	}
-	// systemd's own ends when it hears of the stopping, and would begin again were it fed later. From then on TimeoutStopSec= is the bound.
+	// systemd's own ends when it hears of the stopping, and would begin again were it fed later. From then on TimeoutStopSec= is the bound, or what
+	// crishim says if that is longer.
 	stopWatchdog()
-	notifySystemd(config.Log, daemon.SdNotifyStopping)
+	notifySystemd(config.Log, stopping(config.Shutdown))
 	config.Log.Info("shutting down: finishing checkpoints in flight, relaying goes on")
-	drain, cancelDrain := context.WithTimeout(context.Background(), drainTimeout)
+	drain, cancelDrain := context.WithTimeout(context.Background(), config.Shutdown.Checkpoints)
 	defer cancelDrain()
 	checkpoints.Drain(drain)
 	stopAdmin()
-	end, cancelEnd := context.WithTimeout(context.Background(), relayTimeout)
+	end, cancelEnd := context.WithTimeout(context.Background(), config.Shutdown.Calls)
 	defer cancelEnd()
 	if shutdownErr := kubelet.Shutdown(end); shutdownErr != nil {
 		// A long pull or exec: its caller has been told, and the end was asked for.
@@ -245,6 +244,12 @@ func reloading() string {
 	var now unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) // it has no way to fail
 	return fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/1000)
+}
+
+// stopping tells systemd, and how long it may take at most: a rollback of a container with much memory, and what is removed of it, come on top.
+func stopping(s Shutdown) string {
+	const more = 30 * time.Second
+	return fmt.Sprintf("%s\nEXTEND_TIMEOUT_USEC=%d", daemon.SdNotifyStopping, (s.Checkpoints + s.Calls + more).Microseconds())
 }
 
 // dialRuntime returns a client for what crishim itself asks of the runtime. It connects when it is used, and comes back as

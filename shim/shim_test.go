@@ -136,6 +136,7 @@ func start(t *testing.T, config Config) (stop func()) {
 	log.SetOutput(t.Output())
 	config.Log = log
 	config.State = t.TempDir()
+	config.Shutdown = Shutdown{Checkpoints: 10 * time.Second, Calls: 5 * time.Second}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- Run(ctx, config) }()

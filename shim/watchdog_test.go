@@ -182,8 +182,8 @@ func TestTheWatchdogIsFed(t *testing.T) {
 	for message == "WATCHDOG=1" {
 		message = systemd.next(t, time.Minute)
 	}
-	if message != "STOPPING=1" {
-		t.Errorf("systemd gets %q, want STOPPING=1", message)
+	if want := "STOPPING=1\nEXTEND_TIMEOUT_USEC=45000000"; message != want {
+		t.Errorf("systemd gets %q, want %q", message, want)
 	}
 	if message := systemd.next(t, 2*limit); message != "" {
 		t.Errorf("systemd gets %q while crishim stops: its watchdog begins again", message)

@@ -269,7 +269,7 @@ func TestEachDocumentIsInTheIndex(t *testing.T) {
 }
 
 var (
-	keyOfTable = regexp.MustCompile(`^(checkpoint|retention|tracing)\.([a-z_]+)( = .*)?$`)
+	keyOfTable = regexp.MustCompile(`^(checkpoint|retention|shutdown|tracing)\.([a-z_]+)( = .*)?$`)
 	keyWithout = regexp.MustCompile(`^([a-z_]+) = `)
 	variable   = regexp.MustCompile(`\bCRISHIM_[A-Z_]+\b`)
 )

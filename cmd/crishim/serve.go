@@ -98,7 +98,7 @@ func daemon(c *config.Config, log *logrus.Logger) shim.Config {
 		Listen: c.Keys.Listen, RuntimeEndpoint: c.Keys.RuntimeEndpoint, Admin: c.Keys.Admin, State: c.Keys.StateDir, Metrics: c.Keys.Metrics, Tracing: c.Keys.Tracing.Endpoint,
 		Version: version, Commit: commit, Log: log,
 		Mode: shim.Mode(c.Keys.Checkpoint.Mode), Criu: c.Keys.Criu, Directories: c.Keys.Checkpoint.Directories,
-		RefuseTCP: c.Keys.Checkpoint.TCP == "refuse", Archive: c.Archive, Bounds: c.Bounds,
+		RefuseTCP: c.Keys.Checkpoint.TCP == "refuse", Archive: c.Archive, Bounds: c.Bounds, Shutdown: c.Shutdown,
 		Retention: shim.Retention{Directories: c.Keys.Retention.Directories, Policy: c.Retention, DryRun: c.Keys.Retention.DryRun},
 	}
 }

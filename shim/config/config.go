@@ -29,6 +29,7 @@ type Config struct {
 	Archive   archive.Options
 	Bounds    checkpoint.Bounds
 	Retention retention.Policy
+	Shutdown  struct{ Checkpoints, Calls time.Duration }
 
 	origins map[string]string // of each key: where its value comes from
 }
@@ -99,6 +100,16 @@ func (c *Config) parse() (mistakes []error) {
 	if len(k.Retention.Directories) > 0 && c.Retention == (retention.Policy{}) {
 		wrong("retention.directories", "lists directories, and there is no bound by which to remove anything: set max_per_container, max_size or max_age")
 	}
+
+	atStop := func(key, text string) time.Duration {
+		d := duration(key, text)
+		if d > time.Hour {
+			wrong(key, "%q: it is 1h at most", text)
+		}
+		return d
+	}
+	c.Shutdown.Checkpoints = atStop("shutdown.checkpoints", k.Shutdown.Checkpoints)
+	c.Shutdown.Calls = atStop("shutdown.calls", k.Shutdown.Calls)
 	return mistakes
 }
 

@@ -97,6 +97,9 @@ directories = ["/a"]
 max_per_container = 3
 max_size = "10%"
 max_age = "30d"
+[shutdown]
+checkpoints = "1m"
+calls = "0s"
 `, []string{"CRISHIM_CHECKPOINT_DIRECTORIES=/c:/d", "CRISHIM_RETENTION_DRY_RUN=true"})
 	if err != nil {
 		t.Fatal(err)
@@ -112,6 +115,9 @@ max_age = "30d"
 	if c.Keys.Listen != "/run/a" || c.Keys.Criu != "criu" || c.Level.String() != "warning" || c.Archive.Compression != "zstd" ||
 		c.Archive.Digest != "none" || c.Bounds != want || !slices.Equal(c.Keys.Checkpoint.Directories, []string{"/c", "/d"}) {
 		t.Errorf("it is %+v", c)
+	}
+	if c.Shutdown.Checkpoints != time.Minute || c.Shutdown.Calls != 0 {
+		t.Errorf("of the shutdown it is %+v", c.Shutdown)
 	}
 	if want := (retention.Policy{PerContainer: 3, Share: 0.1, Age: 30 * 24 * time.Hour}); c.Retention != want || !c.Keys.Retention.DryRun {
 		t.Errorf("of retention it is %+v, want %+v", c.Retention, want)
@@ -202,6 +208,7 @@ func TestMistakesAreNamed(t *testing.T) {
 		{content: "[checkpoint]\nreserve = \"101%\"\nmax_frozen=\"10\"", want: "FILE:2: checkpoint.reserve \"101%\": a percentage is from 0% to 100%\n" +
 			`FILE:3: checkpoint.max_frozen "10": it is a duration, such as 500ms, 1m30s or 30d, or 0s for no bound`},
 		{content: "checkpoint = { reserve_inodes = \"some\" }", want: `FILE:1: checkpoint.reserve_inodes "some": it is a percentage, such as 15%, or a number, such as 20Gi`},
+		{content: "[shutdown]\ncalls = \"2h\"", want: `FILE:2: shutdown.calls "2h": it is 1h at most`},
 		{content: "checkpoint.max_frozen = \"-1s\"", want: `FILE:1: checkpoint.max_frozen "-1s": it is a duration, such as 500ms, 1m30s or 30d, or 0s for no bound`},
 		{content: "[checkpoint]\nparallel = 0", want: "FILE:2: checkpoint.parallel 0: it is 1 or more"},
 		{content: "[checkpoint]\ncompression = \"gzip\"", want: `FILE:2: checkpoint.compression "gzip": it is none or zstd`},

@@ -45,6 +45,10 @@ type Keys struct {
 		MaxAge          string   `toml:"max_age"`
 		DryRun          bool     `toml:"dry_run"`
 	} `toml:"retention"`
+	Shutdown struct {
+		Checkpoints string `toml:"checkpoints"`
+		Calls       string `toml:"calls"`
+	} `toml:"shutdown"`
 	Tracing struct {
 		Endpoint string `toml:"endpoint" restart:"yes"`
 	} `toml:"tracing"`

@@ -197,6 +197,17 @@ func usesWhatThereIs(t *testing.T, scraped string) {
 		t.Fatal(err)
 	}
 	check("alerts.yaml", string(alerts))
+	tests, err := os.ReadFile("../../docs/prometheus/alerts_test.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, match := range regexp.MustCompile(`(?m)alert: (\w+)$`).FindAllStringSubmatch(string(alerts), -1) {
+		for which, form := range map[string]string{"all is well": `alertname: %s, eval_time`, "it fires": `alertname: %s\n +eval_time: \w+\n +exp_alerts:`} {
+			if !regexp.MustCompile(fmt.Sprintf(form, match[1])).Match(tests) {
+				t.Errorf("alerts_test.yaml has no test of %s for that %s", match[1], which)
+			}
+		}
+	}
 
 	// As Prometheus itself reads them.
 	fromDashboard := filepath.Join(t.TempDir(), "dashboard.yaml")

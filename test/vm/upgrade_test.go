@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +22,11 @@ func upgrade(t *testing.T, n *node.Node) {
 	output(t, "crishim", "kubelet", "enable") // where this part runs alone
 	systemctl(t, "start", "kubelet.service")
 	k := meet(t, n)
+	// A call takes an emulated machine longer than the 5 s for which crishim waits.
+	patient := "/etc/crishim/config.d/shutdown.toml"
+	write(t, patient, "[shutdown]\ncalls = \"20s\"\n")
+	defer os.Remove(patient)
+	systemctl(t, "reload", "crishim.service")
 	names := func(kind string, count int) (all []string) {
 		for i := range count {
 			all = append(all, fmt.Sprintf("%s-%d", kind, i))
@@ -47,30 +54,23 @@ func upgrade(t *testing.T, n *node.Node) {
 
 	log := n.PodLogFile(k.PodName(stay[0]), stay[0])
 	node.WaitCount(t, 0, log)
-	for _, name := range leave {
-		if err := k.UnwritePod(name); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, name := range come {
-		if err := k.WritePod(node.Pod{Name: name}); err != nil {
-			t.Fatal(err)
-		}
+	amid, churned := make(chan struct{}), make(chan error, 1)
+	go func() { churned <- churn(ctx, k, leave, come, amid) }()
+	select {
+	case <-amid:
+	case err := <-churned:
+		t.Fatal(err)
 	}
 	// The kubelet is at it: calls to start and to end containers are on their way.
-	wait(t, "pods to come and go", func() bool {
+	next := k.PodName(come[len(come)/2])
+	wait(t, "the sandbox of "+next, func() bool {
 		sandboxes, err := direct.Runtime.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{Filter: &cri.PodSandboxFilter{
 			State: &cri.PodSandboxStateValue{State: cri.PodSandboxState_SANDBOX_READY},
 		}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, sandbox := range sandboxes.GetItems() {
-			if strings.HasPrefix(sandbox.GetMetadata().GetName(), "comes-") {
-				return true
-			}
-		}
-		return false
+		return slices.ContainsFunc(sandboxes.GetItems(), func(s *cri.PodSandbox) bool { return s.GetMetadata().GetName() == next })
 	})
 	held, ended := node.HoldCheckpoint(t, checkpoints, "", func() error {
 		if err := removeArchives(); err != nil {
@@ -97,6 +97,9 @@ func upgrade(t *testing.T, n *node.Node) {
 		t.Fatal(err)
 	}
 
+	if err := <-churned; err != nil {
+		t.Fatal(err)
+	}
 	if err := k.WaitPods(ctx, append(come, stay...), leave); err != nil {
 		t.Fatal(err)
 	}
@@ -124,6 +127,28 @@ func upgrade(t *testing.T, n *node.Node) {
 	if err := k.WaitPods(ctx, nil, append(come, stay...)); err != nil {
 		t.Error(err)
 	}
+}
+
+// churn has pods leave and come, one of each at a time: more at once, and an emulated processor takes half a minute for a call. It closes amid before
+// half of them have come.
+func churn(ctx context.Context, k *node.Kubelet, leave, come []string, amid chan<- struct{}) error {
+	for i, name := range come {
+		if i == len(come)/2 {
+			close(amid)
+		}
+		if err := k.WritePod(node.Pod{Name: name}); err != nil {
+			return err
+		}
+		if i < len(leave) {
+			if err := k.UnwritePod(leave[i]); err != nil {
+				return err
+			}
+		}
+		if err := k.WaitPods(ctx, []string{name}, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // containers are all that containerd has, also those that have ended, by the names of their pods: ids, and how often the kubelet has started
