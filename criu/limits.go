@@ -43,6 +43,7 @@ const (
 	noResourceName   = "other user's process, and no CAP_SYS_RESOURCE"
 	nodeMemoryName   = "System V shared memory of the node"
 	mptcpName        = "MPTCP socket"
+	outsidePeerName  = "unix socket with a peer outside"
 	otherSocketName  = "socket of another kind"
 	deviceName       = "open device"
 	otherFileName    = "open file of another kind"
@@ -84,7 +85,7 @@ var limits = []Limit{
 		pattern: regexp.MustCompile(`Can't get 1:16 opt`),
 	},
 	{
-		Name: "unix socket with a peer outside", Kind: Unsupported,
+		Name: outsidePeerName, Kind: Unsupported,
 		Advice: "it is connected to a process outside of the container; close the connection first",
 		pattern: regexp.MustCompile(`External socket is used|Can't dump half of stream unix connection|Can't dump name-less external socket|` +
 			`Unix socket (?P<socket>\d+) (?:without|with unreachable) peer|Dangling connection (?P<socket>\d+)`),

@@ -15,8 +15,8 @@ import (
 )
 
 // Obstacles looks for what CRIU could not dump, while the container runs, and without freezing it: everything that can be seen from outside,
-// where Run gives up at the first. Each is an error as Run would return it, as of this moment. What only CRIU sees, such as what is at the other
-// end of a unix socket, is not among them.
+// where Run gives up at the first, or leaves it to CRIU. Each is an error as Run would return it, as of this moment. What only CRIU sees, such as
+// what is on its way through a socket, is not among them.
 func (c Container) Obstacles(ctx context.Context) ([]*Error, error) {
 	own, err := c.ownUserNamespace()
 	if err != nil {
@@ -47,7 +47,7 @@ func (c Container) Obstacles(ctx context.Context) ([]*Error, error) {
 			}
 		}
 	}
-	for _, look := range []func(context.Context) (*Error, error){c.unfoundWatch, c.mounts} {
+	for _, look := range []func(context.Context) (*Error, error){c.unfoundWatch, c.mounts, c.outsidePeer} {
 		e, err := look(ctx)
 		if err != nil {
 			return nil, err

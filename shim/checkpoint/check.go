@@ -281,7 +281,7 @@ func (s *Service) checkContainer(ctx context.Context, f *findings, id string, fe
 		f.fail(o.Limit.Name, message, o.Limit.Advice)
 	}
 	if err == nil && len(obstacles) == 0 {
-		f.ok("processes", "nothing that can be seen from outside stands in the way; what only CRIU can see, such as the peers of unix sockets, it tells when it dumps")
+		f.ok("processes", "nothing that can be seen from outside stands in the way; what only CRIU can see it tells when it dumps")
 	}
 	if features.Path != "" {
 		s.checkNetwork(ctx, f, target, features)

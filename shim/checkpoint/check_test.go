@@ -20,7 +20,7 @@ var foreseen = []string{
 	"MPTCP socket", "socket of another kind", "mount that the specification does not know", "large deleted file that is open",
 	"inotify or fanotify watch that cannot be found again", "io_uring", "open device", "open file of another kind",
 	"System V shared memory of the node", "user namespace of its own", "namespace made inside", "process under a debugger",
-	"process in uninterruptible sleep",
+	"process in uninterruptible sleep", "unix socket with a peer outside",
 }
 
 // failures are the names of what Check calls a failure, of the container.

@@ -10,12 +10,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mdlayher/netlink"
-	"github.com/mdlayher/netlink/nlenc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"crishim/criu/unixdiag"
 )
 
 var errNotConnected = errors.New("it is not connected")
@@ -57,15 +57,6 @@ func sockets(pid int) (map[uint32]bool, error) {
 	return inodes, nil
 }
 
-// See linux/sock_diag.h and linux/unix_diag.h, of which x/sys has but the numbers of families.
-const (
-	sockDiagByFamily   = 20
-	tcpEstablished     = 1
-	showVFS, showPeer  = 2, 4
-	attrVFS, attrPeer  = 1, 2
-	requestLen, msgLen = 24, 16
-)
-
 // peersOf returns the inodes of the sockets that are connected to the one at path: to those that accept has made, which have the path of
 // the one that listens.
 func peersOf(path string) (inodes []uint32, err error) {
@@ -73,47 +64,13 @@ func peersOf(path string) (inodes []uint32, err error) {
 	if err := unix.Stat(path, &file); err != nil {
 		return nil, fmt.Errorf("look at %s: %w", path, err)
 	}
-	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	all, err := unixdiag.List(0)
 	if err != nil {
-		return nil, fmt.Errorf("ask the kernel for connections: %w", err)
+		return nil, err
 	}
-	defer conn.Close()
-	request := make([]byte, requestLen)
-	request[0] = unix.AF_UNIX
-	nlenc.PutUint32(request[4:8], 1<<tcpEstablished)
-	nlenc.PutUint32(request[12:16], showVFS|showPeer)
-	answer, err := conn.Execute(netlink.Message{
-		Header: netlink.Header{Type: sockDiagByFamily, Flags: netlink.Request | netlink.Dump},
-		Data:   request,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("ask the kernel for connections: %w", err)
-	}
-	for _, m := range answer {
-		if len(m.Data) < msgLen {
-			continue
-		}
-		attributes, err := netlink.NewAttributeDecoder(m.Data[msgLen:])
-		if err != nil {
-			return nil, fmt.Errorf("read the kernel's list of connections: %w", err)
-		}
-		var here bool
-		var peer uint32
-		for attributes.Next() {
-			switch b := attributes.Bytes(); {
-			case attributes.Type() == attrVFS && len(b) == 8:
-				// The kernel's own numbers: of an inode the lower half, of a device 12 and 20 bits.
-				inode, device := nlenc.Uint32(b[:4]), nlenc.Uint32(b[4:])
-				here = inode == uint32(file.Ino) && device>>20 == unix.Major(file.Dev) && device&(1<<20-1) == unix.Minor(file.Dev)
-			case attributes.Type() == attrPeer && len(b) == 4:
-				peer = nlenc.Uint32(b)
-			}
-		}
-		if err := attributes.Err(); err != nil {
-			return nil, fmt.Errorf("read the kernel's list of connections: %w", err)
-		}
-		if here && peer != 0 {
-			inodes = append(inodes, peer)
+	for _, s := range all {
+		if s.IsAt(&file) && s.Peer != 0 {
+			inodes = append(inodes, s.Peer)
 		}
 	}
 	return inodes, nil
