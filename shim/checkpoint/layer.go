@@ -150,7 +150,7 @@ func (c *capture) rootfs(ctx context.Context, added bool) error {
 		<-c.layer.second.done
 	}
 	if err := c.layer.second.err; err != nil {
-		return err
+		return c.staging.Explain(err)
 	}
 	size, err := c.layer.deleted.Seek(0, io.SeekCurrent)
 	if err != nil {
