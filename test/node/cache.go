@@ -46,7 +46,7 @@ func (r Root) packages() []string {
 
 		programsRoot: {"trixie", "python3", "nodejs", "redis-server"},
 		suiteRoot:    {"trixie", "curl", "netcat-openbsd"},
-		machineRoot:  {"trixie", "systemd-sysv", "dbus", "udev", "linux-image-amd64", "zstd", "xz-utils"},
+		machineRoot:  {"trixie", "systemd-sysv", "dbus", "udev", "linux-image-amd64", "zstd", "xz-utils", "rpm"},
 	}[r]
 }
 

@@ -46,7 +46,11 @@ func commandsInDocuments(t *testing.T, k *node.Kubelet) {
 					continue
 				}
 				typed++
-				as := strings.NewReplacer("default/web/app", container, "ARCHIVE", "/data/web.tar", "mif3k2x9", latest(t)).Replace(line)
+				id := ""
+				if strings.Contains(line, "mif3k2x9") {
+					id = latest(t)
+				}
+				as := strings.NewReplacer("default/web/app", container, "ARCHIVE", "/data/web.tar", "mif3k2x9", id).Replace(line)
 				cmd := exec.CommandContext(t.Context(), "sh", "-ec", as)
 				cmd.Dir = dir
 				if _, err := os.Stat(evidence); err == nil && strings.Contains(page.Path, "forensics") {

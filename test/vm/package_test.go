@@ -31,6 +31,10 @@ func TestPackage(t *testing.T) {
 	if err != nil || len(packages) != 1 {
 		t.Fatalf("the machine has packages %q, %v, and one is needed: see make test-vm", packages, err)
 	}
+	rpms, err := filepath.Glob(filepath.Join(node.CopiesDir, "crishim-*.rpm"))
+	if err != nil || len(rpms) != 1 {
+		t.Fatalf("the machine has packages %q, %v, and one is needed: see make test-vm", rpms, err)
+	}
 	setAside(t)
 	n, err := node.ByItself(t.Context())
 	if err != nil {
@@ -171,6 +175,41 @@ func TestPackage(t *testing.T) {
 			}
 			if err := removeArchives(); err != nil {
 				t.Error(err)
+			}
+			n.Unharmed(t, checkpoints, k.PodLog(t, "counter"))
+		}},
+		{"the same by rpm", func(t *testing.T) {
+			// Debian's does not take it for its own: what another distribution has is not asked for.
+			rpm := func(args ...string) {
+				t.Helper()
+				output(t, "rpm", append(args, "--force-debian")...)
+			}
+			rpm("--install", "--nodeps", rpms[0])
+			if state := property(t, "crishim.service", "ActiveState"); state != "inactive" {
+				t.Errorf("crishim.service is %s, and was not to be started", state)
+			}
+			systemctl(t, "enable", "--now", "crishim.socket", "crishim.service")
+			output(t, "crishim", "kubelet", "enable")
+			back(t)
+			pid := property(t, "crishim.service", "MainPID")
+			rpm("--upgrade", "--nodeps", "--replacepkgs", rpms[0])
+			if now := property(t, "crishim.service", "MainPID"); now == pid || now == "0" {
+				t.Errorf("crishim is process %s after an upgrade, and was %s", now, pid)
+			}
+			content := change(t, dropIn, "[Service]\n", "[Service]\nCPUWeight=50\n")
+			systemctl(t, "daemon-reload")
+			refused(t, "crishim is not removed", "rpm", "--erase", "--nodeps", "--force-debian", "crishim")
+			kubeletStatus(t, kubelet.Enabled)
+			write(t, dropIn, content)
+			systemctl(t, "daemon-reload")
+			rpm("--erase", "--nodeps", "crishim")
+			k := back(t)
+			// rpm knows no purge.
+			if err := os.RemoveAll("/var/lib/crishim"); err != nil {
+				t.Error(err)
+			}
+			if now := files(t); !slices.Equal(now, alone) {
+				t.Errorf("there is\n%s\nand before the package there was\n%s", strings.Join(now, "\n"), strings.Join(alone, "\n"))
 			}
 			n.Unharmed(t, checkpoints, k.PodLog(t, "counter"))
 			if err := k.RemovePod(t.Context(), "counter"); err != nil {
