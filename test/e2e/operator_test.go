@@ -18,6 +18,7 @@ import (
 
 	"github.com/creack/pty"
 
+	"crishim/test/documents"
 	"crishim/test/node"
 )
 
@@ -295,6 +296,7 @@ func TestAnOperatorsCommands(t *testing.T) {
 			t.Errorf("by the credentials: exit code %d with %q", code, stderr)
 		}
 	})
+	t.Run("what the README shows", func(t *testing.T) { asInReadme(t, operator{n, t}) })
 	o.must("version")
 }
 
@@ -315,4 +317,75 @@ func interrupt(t *testing.T, n *node.Node) {
 		}
 	}
 	t.Error("no crishim checkpoint runs")
+}
+
+// asInReadme types what README.md shows of a session, and compares what is printed line by line, but for what differs each time. A line … stands for any
+// number of lines.
+func asInReadme(t *testing.T, o operator) {
+	pages, err := documents.Read("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var session []string
+	for _, block := range pages[0].Blocks {
+		if strings.HasPrefix(block.Lines[0], "# crishim check") {
+			session = block.Lines
+		}
+	}
+	if len(session) == 0 {
+		t.Fatal("README.md shows no session")
+	}
+	var archive string // the path that the session's has here
+	for len(session) > 0 {
+		typed := strings.TrimPrefix(session[0], "# ")
+		session = session[1:]
+		next := slices.IndexFunc(session, func(line string) bool { return strings.HasPrefix(line, "# ") })
+		if next < 0 {
+			next = len(session)
+		}
+		shown := session[:next]
+		session = session[next:]
+		here := strings.ReplaceAll(typed, "crishim ", crishim+" ")
+		here = archivePath.ReplaceAllString(here, archive)
+		cmd := o.Command(t.Context(), "sh", "-c", here)
+		printed, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v: %s", typed, err, printed)
+		}
+		if path := archivePath.FindString(string(printed)); path != "" {
+			archive = path
+		}
+		t.Logf("# %s\n%s", typed, printed)
+		if want, got := shape(strings.Join(shown, "\n")), shape(string(printed)); !matches(want, got) {
+			t.Errorf("%s prints\n%s\nand README.md has\n%s", typed, got, want)
+		}
+	}
+	if archive == "" {
+		t.Error("README.md shows no checkpoint")
+		return
+	}
+	o.must("delete", archive)
+}
+
+var (
+	archivePath = regexp.MustCompile(`/var/lib/kubelet/checkpoints/checkpoint-[^ ]+\.tar`)
+	differs     = regexp.MustCompile(`[0-9a-f]{12,}|\bm[0-9a-z]{7}\b|[0-9]+(\.[0-9]+)*( ?(ns|µs|ms|s|B|KiB|MiB|GiB|[KMG]iB/s))?`)
+	blanks      = regexp.MustCompile(` +`)
+)
+
+// shape is a text without what differs each time.
+func shape(text string) []string {
+	text = blanks.ReplaceAllString(differs.ReplaceAllString(text, "N"), " ")
+	return strings.Split(strings.TrimSpace(text), "\n")
+}
+
+// matches compares lines, of which … stands for any number.
+func matches(want, got []string) bool {
+	if len(want) == 0 {
+		return len(got) == 0
+	}
+	if strings.TrimSpace(want[0]) == "…" {
+		return matches(want[1:], got) || len(got) > 0 && matches(want, got[1:])
+	}
+	return len(got) > 0 && strings.TrimSpace(want[0]) == strings.TrimSpace(got[0]) && matches(want[1:], got[1:])
 }

@@ -178,6 +178,9 @@ func (c cache) lower(ctx context.Context, kind Root) (string, error) {
 	return layer + ":" + root, err
 }
 
+// names are those of the entries in what lower has returned: what is built of them is built anew when one of them is another.
+func (c cache) names(lower string) string { return strings.ReplaceAll(lower, string(c)+"/", "") }
+
 // isolated is a shell script in mount and process namespaces of its own.
 func isolated(ctx context.Context, script string, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, "unshare", append([]string{"-m", "-p", "-f", "--mount-proc", "--propagation", "private",

@@ -38,7 +38,7 @@ func (c cache) machine(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	recipe := fmt.Sprintf("%s\n%s\n%s", filepath.Base(lower), machineRecipe, machineInit)
+	recipe := fmt.Sprintf("%s\n%s\n%s", c.names(lower), machineRecipe, machineInit)
 	return c.entry(ctx, "machine", recipe, func(temporary string) error {
 		return output(isolated(ctx, machineRecipe, lower, temporary, machineInit))
 	})

@@ -42,7 +42,7 @@ func (c cache) programs(ctx context.Context) (string, error) {
 		Cmd: []string{"/usr/bin/python3", "/programs/main.py"},
 		Env: []string{"PATH=/usr/bin:/bin"},
 	}
-	return c.entry(ctx, "image-programs", fmt.Sprintf("%s\n%+v\n%s\n%s\n%q", filepath.Base(lower), config, imageRecipe, writer, sources), func(temporary string) error {
+	return c.entry(ctx, "image-programs", fmt.Sprintf("%s\n%+v\n%s\n%s\n%q", c.names(lower), config, imageRecipe, writer, sources), func(temporary string) error {
 		return c.writeImages(ctx, temporary, map[string]images.Config{"programs": config}, lower, func(upper string) error {
 			programs := filepath.Join(upper, "programs")
 			if err := os.MkdirAll(programs, 0o755); err != nil {
