@@ -16,7 +16,7 @@ func TestInspect(t *testing.T) {
 		args []string
 		want string
 	}{
-		"a summary":             {nil, "memory      280 KiB of 4 processes"},
+		"a summary":             {nil, "memory      276 KiB of 4 processes"},
 		"sections":              {[]string{"--sockets", "--needs"}, "tcp6      stream  listening  [::]:8080"},
 		"a tree":                {[]string{"--output", "tree"}, "│   └── [1] sh ("},
 		"JSON":                  {[]string{"-o", "json"}, `"name": "e\u001b[2Jvil"`},
