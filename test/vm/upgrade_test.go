@@ -34,7 +34,7 @@ func upgrade(t *testing.T, n *node.Node) {
 		return all
 	}
 	stay, leave, come := names("stays", 6), names("leaves", 6), names("comes", 8)
-	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	for _, name := range append(leave, stay...) {
 		pod := cheap(name)
