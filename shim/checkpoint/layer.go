@@ -61,7 +61,7 @@ func (c *capture) begin(ctx context.Context) error {
 
 // startSecond begins the second pass, in place of one that has begun before.
 func (l *layer) startSecond(ctx context.Context) {
-	l.stopSecond()
+	l.forgetSecond()
 	ctx, cancel := context.WithCancel(ctx)
 	second := &secondPass{cancel: cancel, done: make(chan struct{})}
 	l.second = second
@@ -73,11 +73,12 @@ func (l *layer) startSecond(ctx context.Context) {
 	}()
 }
 
-// stopSecond ends the second pass that has begun, if one has.
-func (l *layer) stopSecond() {
+// forgetSecond ends the second pass that has begun, if one has.
+func (l *layer) forgetSecond() {
 	if l.second != nil {
 		l.second.cancel()
 		<-l.second.done
+		l.second = nil
 	}
 }
 
@@ -121,10 +122,17 @@ func (l *layer) close() {
 	if l == nil {
 		return
 	}
-	l.stopSecond()
+	l.forgetSecond()
 	closeLayer(l.dirs)
 	for _, f := range l.scratch {
 		f.Close()
+	}
+}
+
+// forget is called before the tasks are stopped, also again: what was found when they were the last time is void.
+func (c *capture) forget() {
+	if c.layer != nil {
+		c.layer.forgetSecond()
 	}
 }
 

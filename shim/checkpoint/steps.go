@@ -112,8 +112,11 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		RefuseTCP: job.GetRefuseTcp(),
 		Images:    staging.Images(),
 		Work:      staging.Dir(),
-		PreDump:   frozen.begin,
-		Stopped:   func() { capture.stopped(dumping) },
+		PreDump: func() {
+			capture.forget()
+			frozen.begin()
+		},
+		Stopped: func() { capture.stopped(dumping) },
 		PostDump: func(added bool) error {
 			meter.enter(crishimv1.Phase_PHASE_CAPTURE)
 			failpoint.Hit("memory written")
