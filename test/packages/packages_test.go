@@ -1,5 +1,5 @@
 // Package packages tests what is published: that it is the same however often and wherever it is made, and what is in it. That packages can be installed
-// and removed is tested in test/vm.
+// and removed under systemd is tested in test/vm.
 package packages
 
 import (
@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -62,6 +63,9 @@ func TestRelease(t *testing.T) {
 		for _, arch := range []string{"amd64", "arm64"} {
 			debian(t, filepath.Join(first, "crishim_1.2.3+4.g0123abc-1_"+arch+".deb"), arch)
 		}
+	})
+	t.Run("on a node without systemd", func(t *testing.T) {
+		withoutSystemd(t, filepath.Join(first, "crishim_1.2.3+4.g0123abc-1_"+runtime.GOARCH+".deb"))
 	})
 	t.Run("the packages for rpm", func(t *testing.T) {
 		for _, arch := range []string{"x86_64", "aarch64"} {

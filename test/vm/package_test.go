@@ -112,6 +112,14 @@ func TestPackage(t *testing.T) {
 			output(t, "crishim", "verify", paths[0])
 			node.WaitMore(t, k.PodLog(t, "counter"))
 		}},
+		{"a first checkpoint at a terminal shows its progress", func(t *testing.T) {
+			shown := output(t, "script", "--quiet", "--return", "--command", "TERM=xterm crishim checkpoint default/counter-machine/counter", "/dev/null")
+			for _, words := range []string{"dump memory", "[====", "done", "/var/lib/kubelet/checkpoints/checkpoint-counter-machine_default-counter-"} {
+				if !strings.Contains(shown, words) {
+					t.Errorf("the terminal lacks %q: %q", words, shown)
+				}
+			}
+		}},
 		{"the commands of the documents", func(t *testing.T) { commandsInDocuments(t, back(t)) }},
 		{"an upgrade", func(t *testing.T) {
 			kubeletPid, pid := property(t, kubelet.Service, "MainPID"), property(t, "crishim.service", "MainPID")
