@@ -27,7 +27,7 @@ func connected(pid int, endpoint string) error {
 	if err != nil {
 		return err
 	}
-	peers, err := peersOf(socket(endpoint))
+	peers, err := peersOf(pid, socket(endpoint))
 	if err != nil {
 		return err
 	}
@@ -58,13 +58,18 @@ func sockets(pid int) (map[uint32]bool, error) {
 }
 
 // peersOf returns the inodes of the sockets that are connected to the one at path: to those that accept has made, which have the path of
-// the one that listens.
-func peersOf(path string) (inodes []uint32, err error) {
+// the one that listens. They are those of the process's network namespace: this process may have another, as the scripts of a package have by rpm 4.20.
+func peersOf(pid int, path string) (inodes []uint32, err error) {
 	var file unix.Stat_t
 	if err := unix.Stat(path, &file); err != nil {
 		return nil, fmt.Errorf("look at %s: %w", path, err)
 	}
-	all, err := unixdiag.List(0)
+	namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
+	if err != nil {
+		return nil, fmt.Errorf("look at the kubelet's sockets: %w", err)
+	}
+	defer namespace.Close()
+	all, err := unixdiag.List(int(namespace.Fd()))
 	if err != nil {
 		return nil, err
 	}
