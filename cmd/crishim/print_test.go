@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/creack/pty"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -104,4 +106,24 @@ func TestProgressInLines(t *testing.T) {
 	view.finish()
 	view.end()
 	golden(t, "progress.txt", out.Bytes())
+}
+
+func TestBarsAreForTerminalsThatAreWide(t *testing.T) {
+	t.Setenv("TERM", "xterm")
+	terminal, other, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	defer other.Close()
+	for columns, want := range map[uint16]string{0: "*main.lines", 80: "*main.bars"} {
+		if err := pty.Setsize(terminal, &pty.Winsize{Rows: 24, Cols: columns}); err != nil {
+			t.Fatal(err)
+		}
+		view := newView(other)
+		if got := fmt.Sprintf("%T", view); got != want {
+			t.Errorf("a terminal of %d columns gets %s, want %s", columns, got, want)
+		}
+		view.end()
+	}
 }
