@@ -108,7 +108,7 @@ func TestProgressInLines(t *testing.T) {
 	golden(t, "progress.txt", out.Bytes())
 }
 
-func TestBarsAreForTerminalsThatAreWide(t *testing.T) {
+func TestBarsAreForTerminalsWithASize(t *testing.T) {
 	t.Setenv("TERM", "xterm")
 	terminal, other, err := pty.Open()
 	if err != nil {
@@ -116,13 +116,13 @@ func TestBarsAreForTerminalsThatAreWide(t *testing.T) {
 	}
 	defer terminal.Close()
 	defer other.Close()
-	for columns, want := range map[uint16]string{0: "*main.lines", 80: "*main.bars"} {
-		if err := pty.Setsize(terminal, &pty.Winsize{Rows: 24, Cols: columns}); err != nil {
+	for size, want := range map[pty.Winsize]string{{}: "*main.lines", {Cols: 80}: "*main.lines", {Rows: 24, Cols: 80}: "*main.bars"} {
+		if err := pty.Setsize(terminal, &size); err != nil {
 			t.Fatal(err)
 		}
 		view := newView(other)
 		if got := fmt.Sprintf("%T", view); got != want {
-			t.Errorf("a terminal of %d columns gets %s, want %s", columns, got, want)
+			t.Errorf("a terminal of %d columns and %d rows gets %s, want %s", size.Cols, size.Rows, got, want)
 		}
 		view.end()
 	}

@@ -113,7 +113,7 @@ func TestPackage(t *testing.T) {
 			node.WaitMore(t, k.PodLog(t, "counter"))
 		}},
 		{"a first checkpoint at a terminal shows its progress", func(t *testing.T) {
-			shown := output(t, "script", "--quiet", "--return", "--command", "stty columns 120; TERM=xterm crishim checkpoint default/counter-machine/counter", "/dev/null")
+			shown := output(t, "script", "--quiet", "--return", "--command", "stty columns 120 rows 24; TERM=xterm crishim checkpoint default/counter-machine/counter", "/dev/null")
 			for _, words := range []string{"dump memory", "[====", "done", "/var/lib/kubelet/checkpoints/checkpoint-counter-machine_default-counter-"} {
 				if !strings.Contains(shown, words) {
 					t.Errorf("the terminal lacks %q: %q", words, shown)
