@@ -75,7 +75,7 @@ func unexpectedEnds(t *testing.T, n *node.Node) {
 }
 
 func unexpectedEnd(t *testing.T, n *node.Node, c *node.Container, step node.Step, way way) {
-	since := strings.TrimSpace(output(t, "date", "+@%s.%N"))
+	since := cursor(t)
 	pid, err := strconv.Atoi(property(t, "crishim.service", "MainPID"))
 	if err != nil || pid == 0 {
 		t.Fatalf("crishim has pid %d, %v", pid, err)
@@ -136,7 +136,7 @@ func unexpectedEnd(t *testing.T, n *node.Node, c *node.Container, step node.Step
 	if err != nil || strings.Contains(log, "has changed") {
 		t.Errorf("the content of the container's memory is another, %v: %s", err, log[max(0, len(log)-200):])
 	}
-	logged := output(t, "journalctl", "--no-pager", "-u", "crishim.service", "--since", since)
+	logged := journal(t, since, "-u", "crishim.service")
 	if strings.Contains(logged, "may have been changed by criu") || strings.Contains(logged, "criu was killed") {
 		t.Errorf("criu has not ended by itself:\n%s", logged)
 	}

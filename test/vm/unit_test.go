@@ -139,7 +139,7 @@ func runtimeTrouble(t *testing.T, n *node.Node) {
 			"systemctl kill --kill-whom=main --signal=CONT containerd.service", "the runtime does not answer"},
 		{"it is away", "systemctl stop containerd.service", "systemctl start containerd.service", "the runtime is away"},
 	} {
-		since := strings.TrimSpace(output(t, "date", "+@%s"))
+		since := cursor(t)
 		output(t, "sh", "-c", trouble.begin)
 		time.Sleep(2 * watchdog) // nothing is to happen
 		output(t, "sh", "-c", trouble.end)
@@ -151,7 +151,7 @@ func runtimeTrouble(t *testing.T, n *node.Node) {
 		if now := property(t, "crishim.service", "MainPID"); now != pid {
 			t.Errorf("%s: crishim was process %s and is %s", trouble.name, pid, now)
 		}
-		if log := output(t, "journalctl", "--no-pager", "-u", "crishim.service", "--since", since); !strings.Contains(log, trouble.said) {
+		if log := journal(t, since, "-u", "crishim.service"); !strings.Contains(log, trouble.said) {
 			t.Errorf("%s: crishim's log does not say %q:\n%s", trouble.name, trouble.said, log)
 		}
 	}

@@ -50,7 +50,7 @@ func upgrade(t *testing.T, n *node.Node) {
 	}
 	direct := n.Client(t, node.ContainerdSocket)
 	before := containers(t, direct)
-	since := strings.TrimSpace(output(t, "date", "+@%s"))
+	since := cursor(t)
 
 	log := n.PodLogFile(k.PodName(stay[0]), stay[0])
 	node.WaitCount(t, 0, log)
@@ -180,11 +180,11 @@ func containers(t *testing.T, client *node.Client) map[string]map[string]uint32 
 // renewed.
 func ready(t *testing.T, since string) {
 	t.Helper()
-	journal := output(t, "journalctl", "--no-pager", "--output=cat", "-u", "kubelet.service", "--since", since)
-	if !strings.Contains(journal, "SyncLoop ADD") {
+	said := journal(t, since, "--output=cat", "-u", "kubelet.service")
+	if !strings.Contains(said, "SyncLoop ADD") {
 		t.Error("the kubelet's journal tells nothing: this test shows less than it should")
 	}
-	for line := range strings.Lines(journal) {
+	for line := range strings.Lines(said) {
 		for _, words := range []string{"Skipping pod synchronization", "PLEG is not healthy", "container runtime is down", "Container runtime network not ready"} {
 			if strings.Contains(line, words) {
 				t.Errorf("the kubelet finds its node not ready: %s", line)

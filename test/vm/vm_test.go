@@ -123,10 +123,10 @@ func reload(t *testing.T, _ *node.Node) {
 		if err := os.WriteFile(dropIn, []byte(step.content), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		since := strings.TrimSpace(output(t, "date", "+@%s"))
+		since := cursor(t)
 		systemctl(t, "reload", "crishim.service")
 		wait(t, "the log to have "+step.want, func() bool {
-			return strings.Contains(output(t, "journalctl", "--no-pager", "--output=cat", "--since="+since, "-u", "crishim.service"), step.want)
+			return strings.Contains(journal(t, since, "--output=cat", "-u", "crishim.service"), step.want)
 		})
 		wait(t, "crishim.service to be active again", func() bool { return property(t, "crishim.service", "ActiveState") == "active" })
 	}
@@ -206,7 +206,7 @@ func restart(t *testing.T, n *node.Node, rolledBack bool) {
 	log := n.PodLogFile(k.PodName(name), name)
 	node.WaitCount(t, 0, log)
 	kubeletPid, crishimPid := property(t, "kubelet.service", "MainPID"), property(t, "crishim.service", "MainPID")
-	since := strings.TrimSpace(output(t, "date", "+@%s"))
+	since := cursor(t)
 
 	client, err := n.DialCRI(node.CrishimSocket)
 	if err != nil {
@@ -274,8 +274,8 @@ func restart(t *testing.T, n *node.Node, rolledBack bool) {
 		t.Errorf("the kubelet is process %s, and was %s: it has not gone on", now, kubeletPid)
 	}
 	// systemd tells of each process that it signals, but for the daemon itself.
-	if journal := output(t, "journalctl", "--no-pager", "-u", "crishim.service", "--since", since, "_PID=1"); strings.Contains(journal, "Killing process") || strings.Contains(journal, "Watchdog timeout") {
-		t.Errorf("systemd has killed:\n%s", journal)
+	if said := journal(t, since, "-u", "crishim.service", "_PID=1"); strings.Contains(said, "Killing process") || strings.Contains(said, "Watchdog timeout") {
+		t.Errorf("systemd has killed:\n%s", said)
 	}
 	// It works, and the kubelet finds it.
 	checkpoint := func() bool {
@@ -348,6 +348,24 @@ func systemctl(t *testing.T, args ...string) {
 func property(t *testing.T, unit, name string) string {
 	t.Helper()
 	return strings.TrimSpace(output(t, "systemctl", "show", "--property="+name, "--value", unit))
+}
+
+// cursor is the end that the journal has now, for journal. A time would not do: where the clock has been set, as TestClocksAndSleep does, journalctl finds
+// entries of an hour ago since a minute.
+func cursor(t *testing.T) string {
+	t.Helper()
+	output(t, "journalctl", "--sync")
+	_, cursor, ok := strings.Cut(output(t, "journalctl", "--no-pager", "--lines=0", "--show-cursor"), "-- cursor: ")
+	if !ok {
+		t.Fatal("the journal has no cursor")
+	}
+	return strings.TrimSpace(cursor)
+}
+
+// journal is what the journal has got since, of what the arguments say.
+func journal(t *testing.T, since string, args ...string) string {
+	t.Helper()
+	return output(t, "journalctl", append([]string{"--no-pager", "--after-cursor=" + since}, args...)...)
 }
 
 func output(t *testing.T, name string, args ...string) string {
