@@ -147,13 +147,14 @@ func (b *bed) kill(v victims) (killed victims) {
 	if v.criu {
 		pids, killed.criu = append(pids, criu...), len(criu) > 0
 	}
-	if v.helper {
-		pids, killed.helper = append(pids, helpers...), len(helpers) > 0
-	}
+	// Then the daemon: between two kills this process may have to wait for a processor, and it would answer for the helper's end.
 	parent := 0
 	if v.daemon {
 		pid := b.Daemon("crishim").Pid()
 		pids, killed.daemon, parent = append(pids, pid), true, parentOf(pid)
+	}
+	if v.helper {
+		pids, killed.helper = append(pids, helpers...), len(helpers) > 0
 	}
 	for _, pid := range pids {
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
