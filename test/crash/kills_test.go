@@ -88,7 +88,9 @@ func TestKillsAtAnyMoment(t *testing.T) {
 		case archived:
 			late++
 		}
-		if killed.daemon && err != nil && status.Code(err) != codes.Unavailable {
+		// criu is killed first, see kill: before its own end the daemon may have answered for that one.
+		answered := killed.criu && err != nil && strings.Contains(err.Error(), "criu was killed in mid-dump")
+		if killed.daemon && err != nil && status.Code(err) != codes.Unavailable && !answered {
 			t.Fatalf("the answer is %v, want Unavailable", err)
 		}
 		if killed != (victims{}) {
