@@ -319,32 +319,32 @@ func interrupt(t *testing.T, n *node.Node) {
 	t.Error("no crishim checkpoint runs")
 }
 
-// asInReadme types what README.md shows of a session, and compares what is printed line by line, but for what differs each time. A line … stands for any
+// asInReadme types what README.md shows of a shell of the node, and compares what is printed line by line, but for what differs each time. A line … stands for any
 // number of lines.
 func asInReadme(t *testing.T, o operator) {
 	pages, err := documents.Read("../..")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var session []string
+	var transcript []string
 	for _, block := range pages[0].Blocks {
 		if strings.HasPrefix(block.Lines[0], "# crishim check") {
-			session = block.Lines
+			transcript = block.Lines
 		}
 	}
-	if len(session) == 0 {
-		t.Fatal("README.md shows no session")
+	if len(transcript) == 0 {
+		t.Fatal("README.md shows no shell")
 	}
-	var archive string // the path that the session's has here
-	for len(session) > 0 {
-		typed := strings.TrimPrefix(session[0], "# ")
-		session = session[1:]
-		next := slices.IndexFunc(session, func(line string) bool { return strings.HasPrefix(line, "# ") })
+	var archive string // the path that the one shown has here
+	for len(transcript) > 0 {
+		typed := strings.TrimPrefix(transcript[0], "# ")
+		transcript = transcript[1:]
+		next := slices.IndexFunc(transcript, func(line string) bool { return strings.HasPrefix(line, "# ") })
 		if next < 0 {
-			next = len(session)
+			next = len(transcript)
 		}
-		shown := session[:next]
-		session = session[next:]
+		shown := transcript[:next]
+		transcript = transcript[next:]
 		here := strings.ReplaceAll(typed, "crishim ", crishim+" ")
 		here = archivePath.ReplaceAllString(here, archive)
 		cmd := o.Command(t.Context(), "sh", "-c", here)
