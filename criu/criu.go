@@ -76,7 +76,7 @@ type Dump struct {
 	Work      *os.File // directory for dump.log and stats-dump
 	// PreDump, if not nil, is called just before criu freezes the container: some milliseconds, and before each attempt where there are two.
 	PreDump func()
-	// Stopped, if not nil, is called when the tasks are stopped and criu has written nothing yet, and holds criu up. It comes with the
+	// Stopped, if not nil, is called when the tasks are stopped and criu has written no memory yet, and holds criu up. It comes with the
 	// notification network-lock, and so not at all for a container in the network namespace of criu; where there are two attempts, maybe in each.
 	Stopped func()
 	// PostDump is called once, when all images are written and the tasks are still stopped. added says whether CRIU has added names to

@@ -3,10 +3,11 @@ package criu
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -23,7 +24,8 @@ func (c Container) outsidePeer(ctx context.Context) (*Error, error) {
 	own := map[uint32]place{}
 	namespaces := map[string]int{} // a process in each
 	for _, pid := range pids {
-		for inode, fd := range socketsOf(strconv.Itoa(pid)) {
+		held, _ := unixdiag.Held(pid) // none of one that has ended
+		for inode, fd := range held {
 			own[inode] = place{pid: pid, fd: fd}
 		}
 		if namespace, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid)); err == nil {
@@ -34,12 +36,10 @@ func (c Container) outsidePeer(ctx context.Context) (*Error, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
-		if err != nil {
+		sockets, err := unixdiag.List(pid)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 			continue // it has ended
 		}
-		sockets, err := unixdiag.List(int(namespace.Fd()))
-		namespace.Close()
 		if err != nil {
 			return nil, err
 		}
@@ -55,24 +55,6 @@ func (c Container) outsidePeer(ctx context.Context) (*Error, error) {
 	return nil, nil
 }
 
-// socketsOf returns the sockets of a process, by inode, each with one of its descriptors. Of a process that has ended there are none.
-func socketsOf(process string) map[uint32]int {
-	sockets := map[uint32]int{}
-	dir := filepath.Join("/proc", process, "fd")
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil
-	}
-	for _, entry := range entries {
-		link, err := os.Readlink(filepath.Join(dir, entry.Name()))
-		number, isSocket := strings.CutPrefix(strings.TrimSuffix(link, "]"), "socket:[")
-		if inode, parseErr := strconv.ParseUint(number, 10, 32); err == nil && isSocket && parseErr == nil {
-			sockets[uint32(inode)] = atoi(entry.Name())
-		}
-	}
-	return sockets
-}
-
 // takesDatagrams says whether the administrator has CRIU dump sockets for datagrams that are connected to the outside: see options.
 func (c Container) takesDatagrams() bool {
 	content, err := os.ReadFile(configFile(c.Runtime))
@@ -86,7 +68,8 @@ func ownerOf(inode uint32) string {
 		return "nobody"
 	}
 	for _, dir := range processes {
-		if _, has := socketsOf(filepath.Base(dir))[inode]; has {
+		held, _ := unixdiag.Held(atoi(filepath.Base(dir)))
+		if _, has := held[inode]; has {
 			comm, _ := os.ReadFile(dir + "/comm")
 			return fmt.Sprintf("process %s of the node (%s)", filepath.Base(dir), printable(strings.TrimSpace(string(comm))))
 		}

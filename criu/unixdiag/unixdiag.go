@@ -3,6 +3,10 @@ package unixdiag
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/mdlayher/netlink"
 	"github.com/mdlayher/netlink/nlenc"
@@ -32,9 +36,34 @@ const (
 	requestLen, msgLen = 24, 16
 )
 
-// List returns the sockets of the network namespace that is open as a descriptor, of the caller's own for 0.
-func List(namespace int) (all []Socket, err error) {
-	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, &netlink.Config{NetNS: namespace})
+// Held returns the sockets that a process has, of whatever family: one of its descriptors for each inode.
+func Held(pid int) (map[uint32]int, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("look at sockets of a process: %w", err)
+	}
+	held := map[uint32]int{}
+	for _, entry := range entries {
+		link, err := os.Readlink(filepath.Join(dir, entry.Name())) // it may be closed by now
+		number, isSocket := strings.CutPrefix(strings.TrimSuffix(link, "]"), "socket:[")
+		inode, inodeErr := strconv.ParseUint(number, 10, 32)
+		fd, fdErr := strconv.Atoi(entry.Name())
+		if err == nil && isSocket && inodeErr == nil && fdErr == nil {
+			held[uint32(inode)] = fd
+		}
+	}
+	return held, nil
+}
+
+// List returns the sockets of the network namespace of a process. That may be another than the caller's.
+func List(pid int) (all []Socket, err error) {
+	namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
+	if err != nil {
+		return nil, fmt.Errorf("ask the kernel for unix sockets: %w", err)
+	}
+	defer namespace.Close()
+	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, &netlink.Config{NetNS: int(namespace.Fd())})
 	if err != nil {
 		return nil, fmt.Errorf("ask the kernel for unix sockets: %w", err)
 	}

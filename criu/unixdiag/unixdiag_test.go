@@ -1,7 +1,10 @@
 package unixdiag
 
 import (
+	"errors"
+	"io/fs"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -25,7 +28,7 @@ func inodeOf(t *testing.T, c net.Conn) uint32 {
 
 func find(t *testing.T, inode uint32) (s Socket, ok bool) {
 	t.Helper()
-	all, err := List(0)
+	all, err := List(os.Getpid())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,8 +90,28 @@ func TestList(t *testing.T) {
 	}
 }
 
+func TestHeld(t *testing.T) {
+	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	client, err := net.Dial("unix", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	held, err := Held(os.Getpid())
+	if fd, ok := held[inodeOf(t, client)]; err != nil || !ok || fd < 3 {
+		t.Errorf("the client's socket is descriptor %d, %t, %v", fd, ok, err)
+	}
+	if _, err := Held(1 << 30); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("of no process: %v", err)
+	}
+}
+
 func TestListOfNoNamespace(t *testing.T) {
-	if _, err := List(1 << 20); err == nil || !strings.Contains(err.Error(), "ask the kernel for unix sockets") {
+	if _, err := List(1 << 30); err == nil || !strings.Contains(err.Error(), "ask the kernel for unix sockets") {
 		t.Errorf("got %v", err)
 	}
 }

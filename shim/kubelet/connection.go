@@ -4,10 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,7 +19,7 @@ var errNotConnected = errors.New("it is not connected")
 // connected returns nil if a process has a connection to the socket at an endpoint, by what the kernel says: /proc tells which sockets the process
 // has, and sock_diag(7) which of them are connected to which file.
 func connected(pid int, endpoint string) error {
-	inodes, err := sockets(pid)
+	held, err := unixdiag.Held(pid)
 	if err != nil {
 		return err
 	}
@@ -32,29 +28,11 @@ func connected(pid int, endpoint string) error {
 		return err
 	}
 	for _, inode := range peers {
-		if inodes[inode] {
+		if _, has := held[inode]; has {
 			return nil
 		}
 	}
 	return errNotConnected
-}
-
-// sockets are the inodes of a process's sockets.
-func sockets(pid int) (map[uint32]bool, error) {
-	dir := "/proc/" + strconv.Itoa(pid) + "/fd"
-	descriptors, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, fmt.Errorf("look at the kubelet's sockets: %w", err)
-	}
-	inodes := map[uint32]bool{}
-	for _, d := range descriptors {
-		target, err := os.Readlink(filepath.Join(dir, d.Name()))
-		number, isSocket := strings.CutPrefix(strings.TrimSuffix(target, "]"), "socket:[")
-		if inode, parseErr := strconv.ParseUint(number, 10, 32); err == nil && isSocket && parseErr == nil {
-			inodes[uint32(inode)] = true
-		}
-	}
-	return inodes, nil
 }
 
 // peersOf returns the inodes of the sockets that are connected to the one at path: to those that accept has made, which have the path of
@@ -64,12 +42,7 @@ func peersOf(pid int, path string) (inodes []uint32, err error) {
 	if err := unix.Stat(path, &file); err != nil {
 		return nil, fmt.Errorf("look at %s: %w", path, err)
 	}
-	namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
-	if err != nil {
-		return nil, fmt.Errorf("look at the kubelet's sockets: %w", err)
-	}
-	defer namespace.Close()
-	all, err := unixdiag.List(int(namespace.Fd()))
+	all, err := unixdiag.List(pid)
 	if err != nil {
 		return nil, err
 	}
