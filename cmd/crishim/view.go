@@ -25,12 +25,10 @@ type view interface {
 // newView chooses by what w is: bars on a terminal, lines elsewhere. Where a terminal does not know how large it is, as one without a window may not,
 // nothing would be seen of bars.
 func newView(w io.Writer) view {
-	file, ok := w.(*os.File)
-	if !ok {
-		return &lines{w: w, every: 2 * time.Second}
-	}
-	if columns, rows, err := term.GetSize(int(file.Fd())); terminalAllows(err == nil && columns > 0 && rows > 0) {
-		return &bars{progress: mpb.New(mpb.WithOutput(w), mpb.WithWidth(30), mpb.WithRefreshRate(100*time.Millisecond))}
+	if file, ok := w.(*os.File); ok {
+		if columns, rows, err := term.GetSize(int(file.Fd())); terminalAllows(err == nil && columns > 0 && rows > 0) {
+			return &bars{progress: mpb.New(mpb.WithOutput(w), mpb.WithWidth(30), mpb.WithRefreshRate(100*time.Millisecond))}
+		}
 	}
 	return &lines{w: w, every: 2 * time.Second}
 }

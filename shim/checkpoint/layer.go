@@ -16,7 +16,7 @@ import (
 	"crishim/shim/rootfs"
 )
 
-// layer is the container's writable layer while it is captured, in two passes. The second runs beside CRIU where it can: from the moment at which
+// layer is the container's writable layer while it is captured, nil where there is none, in two passes. The second runs beside CRIU where it can: from the moment at which
 // the tasks are stopped, which is before CRIU writes their memory.
 type layer struct {
 	dirs    rootfs.Layer // open until all is taken of it, and no longer: a runtime cannot unmount what somebody has open
@@ -59,8 +59,11 @@ func (c *capture) begin(ctx context.Context) error {
 	return c.layer.copy.Begin(ctx)
 }
 
-// startSecond begins the second pass, in place of one that has begun before.
+// startSecond begins the second pass, in place of one that has begun before. The tasks are stopped.
 func (l *layer) startSecond(ctx context.Context) {
+	if l == nil {
+		return
+	}
 	l.forgetSecond()
 	ctx, cancel := context.WithCancel(ctx)
 	second := &secondPass{cancel: cancel, done: make(chan struct{})}
@@ -73,9 +76,9 @@ func (l *layer) startSecond(ctx context.Context) {
 	}()
 }
 
-// forgetSecond ends the second pass that has begun, if one has.
+// forgetSecond ends the second pass that has begun, if one has. What it has found is void once the tasks run again.
 func (l *layer) forgetSecond() {
-	if l.second != nil {
+	if l != nil && l.second != nil {
 		l.second.cancel()
 		<-l.second.done
 		l.second = nil
@@ -129,21 +132,7 @@ func (l *layer) close() {
 	}
 }
 
-// forget is called before the tasks are stopped, also again: what was found when they were the last time is void.
-func (c *capture) forget() {
-	if c.layer != nil {
-		c.layer.forgetSecond()
-	}
-}
-
-// stopped is called when the tasks are stopped.
-func (c *capture) stopped(ctx context.Context) {
-	if c.layer != nil {
-		c.layer.startSecond(ctx)
-	}
-}
-
-// rootfs captures what the container has changed of its root file system. added says whether names have come since stopped.
+// rootfs captures what the container has changed of its root file system. added says whether names have come since the tasks were stopped.
 func (c *capture) rootfs(ctx context.Context, added bool) error {
 	if c.layer == nil {
 		return c.staging.WriteFile(archive.DeletedFiles, []byte("[]"))

@@ -113,10 +113,10 @@ func run(ctx context.Context, job *crishimv1.Job, progress func(*crishimv1.Progr
 		Images:    staging.Images(),
 		Work:      staging.Dir(),
 		PreDump: func() {
-			capture.forget()
+			capture.layer.forgetSecond()
 			frozen.begin()
 		},
-		Stopped: func() { capture.stopped(dumping) },
+		Stopped: func() { capture.layer.startSecond(dumping) },
 		PostDump: func(added bool) error {
 			meter.enter(crishimv1.Phase_PHASE_CAPTURE)
 			failpoint.Hit("memory written")
@@ -251,7 +251,7 @@ type capture struct {
 	logSize int64    // at that moment
 }
 
-// run takes the rest. added says whether names have come to the container's files since stopped.
+// run takes the rest. added says whether names have come to the container's files since the tasks were stopped.
 func (c *capture) run(ctx context.Context, added bool) error {
 	// The tasks are stopped: from here on the pid cannot come to mean another process.
 	if err := c.process.Verify(); err != nil {
