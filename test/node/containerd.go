@@ -270,8 +270,7 @@ func (n *Node) startRegistry(ctx context.Context) error {
 	return nil
 }
 
-// wait calls probe until it succeeds. It gives up when the daemon ends, if it is the node's, or when ctx is done. However long a probe takes, as
-// in an emulated machine, nine tenths of the time are left to what it waits for.
+// wait calls probe until it succeeds. It gives up when the daemon ends, if it is the node's, or when ctx is done.
 func (n *Node) wait(ctx context.Context, daemon *Daemon, probe func(context.Context) error) error {
 	var ended <-chan struct{}
 	if daemon != nil {
@@ -288,7 +287,7 @@ func (n *Node) wait(ctx context.Context, daemon *Daemon, probe func(context.Cont
 			return fmt.Errorf("%s has ended: %w\n%s", daemon.name, err, n.Logs())
 		case <-ctx.Done():
 			return errors.Join(ctx.Err(), err)
-		case <-time.After(min(max(20*time.Millisecond, 9*time.Since(begin)), 2*time.Second)):
+		case <-time.After(Pause(begin)):
 		}
 	}
 }

@@ -50,15 +50,12 @@ func HoldDump(ctx context.Context, dir string) (*HeldDump, error) {
 	}
 }
 
-// patience is how long the tests wait for what is to come: long enough for an emulated processor that has other work.
-const patience = 5 * time.Minute
-
 // HoldCheckpoint makes a checkpoint in the background, with its dump below dir, and holds that until the test releases it, or ends. One
 // that was over before it could be held is made again, once its archive is removed. What checkpoint returns is received from ended.
 func HoldCheckpoint(t testing.TB, dir, archive string, checkpoint func() error) (held *HeldDump, ended <-chan error) {
 	t.Helper()
 	for range 5 {
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		ctx, cancel := context.WithTimeout(t.Context(), Patience)
 		result := make(chan error, 1)
 		go func() {
 			defer cancel()

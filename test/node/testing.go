@@ -15,6 +15,15 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
+// Patience is how long the tests wait for what is to come: long enough for an emulated processor, on a host that has other work.
+const Patience = 5 * time.Minute
+
+// Pause is how long to wait before looking again, behind a look that began at a time. However long a look takes, as in an emulated machine, nine
+// tenths of the time are left to what it waits for.
+func Pause(began time.Time) time.Duration {
+	return min(max(20*time.Millisecond, 9*time.Since(began)), 2*time.Second)
+}
+
 // Containerd returns a client of the containerd of the node that the test runs in, closed at the test's end. It skips the test
 // outside of one.
 func Containerd(t testing.TB) *Client {
@@ -157,7 +166,7 @@ func LastCount(output string) int {
 // WaitCount waits until a workload's output has a number over n, and returns the last one.
 func WaitCount(t testing.TB, n int, output func() (string, error)) int {
 	t.Helper()
-	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(Patience); ; time.Sleep(20 * time.Millisecond) {
 		text, err := output()
 		if err != nil {
 			t.Fatal(err)
@@ -166,7 +175,7 @@ func WaitCount(t testing.TB, n int, output func() (string, error)) int {
 			return now
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("no count over %d for %s; output ends in %q", n, patience, text[max(0, len(text)-200):])
+			t.Fatalf("no count over %d for %s; output ends in %q", n, Patience, text[max(0, len(text)-200):])
 		}
 	}
 }

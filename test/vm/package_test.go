@@ -156,13 +156,7 @@ func TestPackage(t *testing.T) {
 			kubeletStatus(t, kubelet.Enabled)
 		}},
 		{"it does not go before the kubelet can do without", func(t *testing.T) {
-			content := change(t, dropIn, "[Service]\n", "[Service]\nCPUWeight=50\n")
-			systemctl(t, "daemon-reload")
-			refused(t, "crishim is not removed", "dpkg", "--remove", "crishim")
-			systemctl(t, "is-active", "crishim.socket", "crishim.service")
-			kubeletStatus(t, kubelet.Enabled)
-			write(t, dropIn, content)
-			systemctl(t, "daemon-reload")
+			staysWhileNeeded(t, "dpkg", "--remove", "crishim")
 		}},
 		{"it is removed and purged", func(t *testing.T) {
 			output(t, "dpkg", "--remove", "crishim")
@@ -171,9 +165,7 @@ func TestPackage(t *testing.T) {
 				t.Errorf("the configuration: %v", err)
 			}
 			output(t, "dpkg", "--purge", "crishim")
-			if now := files(t); !slices.Equal(now, alone) {
-				t.Errorf("there is\n%s\nand before the package there was\n%s", strings.Join(now, "\n"), strings.Join(alone, "\n"))
-			}
+			onlyThese(t, alone)
 			if state := property(t, "crishim.socket", "LoadState"); state != "not-found" {
 				t.Errorf("crishim.socket is %s", state)
 			}
@@ -200,19 +192,12 @@ func TestPackage(t *testing.T) {
 			if now := property(t, "crishim.service", "MainPID"); now == pid || now == "0" {
 				t.Errorf("crishim is process %s after an upgrade, and was %s", now, pid)
 			}
-			content := change(t, dropIn, "[Service]\n", "[Service]\nCPUWeight=50\n")
-			systemctl(t, "daemon-reload")
-			refused(t, "crishim is not removed", "rpm", "--erase", "--nodeps", "crishim")
-			kubeletStatus(t, kubelet.Enabled)
-			write(t, dropIn, content)
-			systemctl(t, "daemon-reload")
+			staysWhileNeeded(t, "rpm", "--erase", "--nodeps", "crishim")
 			output(t, "rpm", "--erase", "--nodeps", "crishim")
 			k := back(t)
 			// rpm knows no purge.
 			output(t, "find", "/var/lib/crishim", "-mindepth", "1", "-delete")
-			if now := files(t); !slices.Equal(now, alone) {
-				t.Errorf("there is\n%s\nand before the package there was\n%s", strings.Join(now, "\n"), strings.Join(alone, "\n"))
-			}
+			onlyThese(t, alone)
 			n.Unharmed(t, checkpoints, k.PodLog(t, "counter"))
 			if err := k.RemovePod(t.Context(), "counter"); err != nil {
 				t.Error(err)
@@ -323,6 +308,27 @@ func kubeletStatus(t *testing.T, want string) kubelet.Status {
 		t.Fatalf("status is %+v, %v, want %s", s, err, want)
 	}
 	return s
+}
+
+// staysWhileNeeded fails the test unless a command that removes crishim does not, where the kubelet's drop-in has been changed by somebody and so cannot
+// be taken away.
+func staysWhileNeeded(t *testing.T, remove ...string) {
+	t.Helper()
+	content := change(t, dropIn, "[Service]\n", "[Service]\nCPUWeight=50\n")
+	systemctl(t, "daemon-reload")
+	refused(t, "crishim is not removed", remove...)
+	systemctl(t, "is-active", "crishim.socket", "crishim.service")
+	kubeletStatus(t, kubelet.Enabled)
+	write(t, dropIn, content)
+	systemctl(t, "daemon-reload")
+}
+
+// onlyThese fails the test unless there is again of crishim's and the switch's what there was before the package.
+func onlyThese(t *testing.T, before []string) {
+	t.Helper()
+	if now := files(t); !slices.Equal(now, before) {
+		t.Errorf("there is\n%s\nand before the package there was\n%s", strings.Join(now, "\n"), strings.Join(before, "\n"))
+	}
 }
 
 // refused fails the test unless a command fails and says something.

@@ -38,7 +38,7 @@ func checkpoint(t *testing.T, n *node.Node, c *node.Container) error {
 		return err
 	}
 	defer client.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), node.Patience)
 	defer cancel()
 	_, err = client.Runtime.CheckpointContainer(ctx, &cri.CheckpointContainerRequest{ContainerId: c.ID, Location: location})
 	return err

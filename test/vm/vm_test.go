@@ -26,9 +26,6 @@ import (
 
 const checkpoints = "/var/lib/kubelet/checkpoints"
 
-// patience is how long the tests wait for what is to come: the machine's one processor is emulated, and the host may have other work.
-const patience = 5 * time.Minute
-
 // TestServices goes through the life of a machine: the services are started, and each part finds what the one before has left.
 func TestServices(t *testing.T) {
 	node.RequireMachine(t)
@@ -301,7 +298,7 @@ func removeArchives() error {
 
 func meet(t *testing.T, n *node.Node) *node.Kubelet {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), node.Patience)
 	defer cancel()
 	k, err := n.Kubelet(ctx)
 	if err != nil {
@@ -312,7 +309,7 @@ func meet(t *testing.T, n *node.Node) *node.Kubelet {
 
 func runPod(t *testing.T, k *node.Kubelet, pod node.Pod) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), node.Patience)
 	defer cancel()
 	if err := k.RunPod(ctx, pod); err != nil {
 		t.Fatal(err)
@@ -381,17 +378,17 @@ func output(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// wait leaves most of the processor to what it waits for.
+// wait waits for a condition.
 func wait(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); ; {
+	for deadline := time.Now().Add(node.Patience); ; {
 		begin := time.Now()
 		if condition() {
 			return
 		}
 		if begin.After(deadline) {
-			t.Fatalf("waited %s for %s", patience, what)
+			t.Fatalf("waited %s for %s", node.Patience, what)
 		}
-		time.Sleep(min(max(100*time.Millisecond, 9*time.Since(begin)), time.Second))
+		time.Sleep(node.Pause(begin))
 	}
 }
