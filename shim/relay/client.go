@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/net/http2"
@@ -25,6 +26,7 @@ type clientPump struct {
 	verbatim  bool
 	fields    []hpack.HeaderField // of the block being decoded
 	size      int
+	request   request // the last one
 	reencoder *hpack.Encoder
 	reencoded bytes.Buffer
 }
@@ -86,18 +88,26 @@ func (p *clientPump) run() error {
 	}
 }
 
-// A request is a decoded header block of the client's: a request or its
-// trailers. It is valid until the next frame is read.
+// A request is a header block of the client's: a request or its trailers. It is
+// valid until the next frame is read.
 type request struct {
 	headers
+	route *route // of its path
+
+	// Those of a request that may pass without being decoded are not known.
 	fields []hpack.HeaderField
-	size   int // of the header list, as RFC 9113 counts it
-	path   string
+	size   int    // of the header list, as RFC 9113 counts it
 	bad    string // why it is refused
 	large  bool
 }
 
 func (p *clientPump) decode(h headers) (*request, error) {
+	if p.verbatim {
+		if r := p.l.s.routeOf(h); r != nil && r.handler == nil {
+			p.request = request{headers: h, route: r}
+			return &p.request, nil
+		}
+	}
 	p.fields, p.size = p.fields[:0], 0
 	p.dec.SetEmitEnabled(true)
 	err := h.fragments(func(b []byte) error {
@@ -113,18 +123,20 @@ func (p *clientPump) decode(h headers) (*request, error) {
 	if err != nil {
 		return nil, &connError{http2.ErrCodeCompression, err.Error()}
 	}
-	r := &request{headers: h, fields: p.fields, size: p.size, large: p.size > maxHeaderList}
-	paths := 0
+	p.request = request{headers: h, fields: p.fields, size: p.size, large: p.size > maxHeaderList}
+	r := &p.request
+	path, paths := "", 0
 	for _, f := range p.fields {
 		if f.Name == ":path" {
-			r.path = f.Value
+			path = f.Value
 			paths++
 		}
 	}
 	// CVE-2026-33186: a path without its slash gets past rules that name it.
-	if paths != 1 || r.path[:min(1, len(r.path))] != "/" {
-		r.bad = fmt.Sprintf("path %.100q", r.path)
+	if paths != 1 || !strings.HasPrefix(path, "/") {
+		r.bad = fmt.Sprintf("path %.100q", path)
 	}
+	r.route = p.l.s.route([]byte(path))
 	return r, nil
 }
 
@@ -155,7 +167,7 @@ func (p *clientPump) headers(r *request) error {
 	if r.id > l.told {
 		return nil // the client knows from our GOAWAY that nobody saw it
 	}
-	switch handler := l.s.handler(r.path); {
+	switch handler := l.s.handler(r.route); {
 	case r.large:
 		l.client.send(appendReset(nil, r.id, http2.ErrCodeEnhanceYourCalm))
 	case r.bad != "":
@@ -164,11 +176,11 @@ func (p *clientPump) headers(r *request) error {
 	case handler != nil:
 		return l.open(r, handler)
 	case !l.attached:
-		st := &stream{asked: r.end, counters: l.s.opened(r.path)}
+		st := &stream{asked: r.end, counters: r.route.opened()}
 		l.streams[r.id] = st
 		l.finish(r.id, st, unavailable, l.cause)
 	default:
-		l.streams[r.id] = &stream{asked: r.end, endless: l.s.endless[r.path], counters: l.s.opened(r.path)}
+		l.streams[r.id] = &stream{asked: r.end, endless: r.route.endless, counters: r.route.opened()}
 		l.runtime.add(p.forward(r))
 	}
 	return nil

@@ -20,8 +20,8 @@ const (
 	redial = 20 * time.Millisecond
 )
 
-// crowd is how many calls in flight make it worth while to move more frames at once: client, relay and runtime then share the processors, and
-// reading for each frame takes more of them than it gains (make bench: 16 callers).
+// crowd is how many calls in flight make it worth while to move more frames at once, instead of each as soon as can be: client, relay and
+// runtime then share the processors, and to write each by itself takes more of them than it gains (make bench: 16 callers).
 const crowd = 4
 
 // A link is one accepted connection with its connection to the runtime, or

@@ -80,14 +80,13 @@ type Config struct {
 // A Server relays. Its methods may be called from several goroutines.
 type Server struct {
 	cfg     Config
-	endless map[string]bool
-	served  chan struct{} // one slot for each handler that runs
-	away    atomic.Bool   // the runtime, for the log
+	routes  map[string]*route // not changed after New; see route
+	other   *route            // of every path that is not among them
+	served  chan struct{}     // one slot for each handler that runs
+	away    atomic.Bool       // the runtime, for the log
 	repeats *repeats
 
 	accepted atomic.Int64
-	counted  map[string]*counters // not changed after New
-	others   *counters
 
 	// lastWrite is how long the last frames of a connection may take, and how
 	// long handlers have to return once their requests are cancelled.
@@ -118,22 +117,14 @@ func New(cfg Config) *Server {
 	}
 	s := &Server{
 		cfg:       cfg,
-		endless:   map[string]bool{},
 		served:    make(chan struct{}, maxServed),
 		repeats:   newRepeats(cfg.Log),
-		counted:   map[string]*counters{},
-		others:    &counters{},
 		lastWrite: time.Second,
 		awayTime:  500 * time.Millisecond,
 		listeners: map[net.Listener]bool{},
 		links:     map[*link]bool{},
 	}
-	for _, path := range cfg.Endless {
-		s.endless[path] = true
-	}
-	for _, path := range cfg.Counted {
-		s.counted[path] = &counters{}
-	}
+	s.routes, s.other = routesOf(cfg)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
@@ -175,15 +166,6 @@ func (s *Server) Serve(l net.Listener) error {
 		}
 		s.start(conn)
 	}
-}
-
-// handler returns who serves the streams of a path in this process, nil where the runtime does.
-func (s *Server) handler(path string) http.Handler {
-	handler := s.cfg.Handlers[path]
-	if handler != nil && s.cfg.Passes != nil && s.cfg.Passes(path) {
-		return nil
-	}
-	return handler
 }
 
 func (s *Server) tellAway(cause error) {

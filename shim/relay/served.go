@@ -59,12 +59,12 @@ type exchange struct {
 
 // open begins to serve a stream. The caller holds l.mu.
 func (l *link) open(r *request, handler http.Handler) error {
-	ctx, cancel := context.WithCancel(context.WithValue(l.ctx, http.LocalAddrContextKey, l.client.conn.LocalAddr()))
-	if peer, err := PeerOf(l.client.conn.Conn); err == nil {
-		ctx = context.WithValue(ctx, peerKey{}, peer)
+	ctx, cancel := context.WithCancel(context.WithValue(l.ctx, http.LocalAddrContextKey, l.client.conn.local))
+	if peer := l.client.conn.peer; peer != nil {
+		ctx = context.WithValue(ctx, peerKey{}, *peer)
 	}
 	x := &exchange{l: l, id: r.id, handler: handler, cancel: cancel, window: l.initial, header: http.Header{}}
-	x.st = &stream{served: x, asked: r.end, counters: l.s.opened(r.path)}
+	x.st = &stream{served: x, asked: r.end, counters: r.route.opened()}
 	x.st.counters.served.Add(1)
 	var err error
 	if x.req, err = newRequest(ctx, r.fields); err != nil {
@@ -73,7 +73,7 @@ func (l *link) open(r *request, handler http.Handler) error {
 		l.client.send(appendReset(nil, r.id, http2.ErrCodeProtocol))
 		return nil
 	}
-	x.req.RemoteAddr = l.client.conn.RemoteAddr().String()
+	x.req.RemoteAddr = l.client.conn.remote.String()
 	l.streams[r.id] = x.st
 	switch {
 	case r.size > maxBody:

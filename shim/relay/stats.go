@@ -24,23 +24,13 @@ type counters struct {
 	streams, served, requests, responses atomic.Int64
 }
 
-// opened counts a stream of a path, and returns its counters.
-func (s *Server) opened(path string) *counters {
-	c := s.counted[path]
-	if c == nil {
-		c = s.others
-	}
-	c.streams.Add(1)
-	return c
-}
-
 // Stats may be called at any time.
 func (s *Server) Stats() Stats {
 	stats := Stats{Accepted: s.accepted.Load()}
 	for _, path := range s.cfg.Counted {
-		stats.Methods = append(stats.Methods, s.counted[path].method(path))
+		stats.Methods = append(stats.Methods, s.routes[path].counters.method(path))
 	}
-	stats.Methods = append(stats.Methods, s.others.method(""))
+	stats.Methods = append(stats.Methods, s.other.counters.method(""))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	stats.Connections = len(s.links)
