@@ -117,9 +117,18 @@ func (b *bed) runPodman(ctx context.Context, name string, s shape) (_ *container
 	return c, nil
 }
 
-// checkpointShape has every engine checkpoint a container of a shape, a number of rounds, each time in another order.
-func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, only func(engine) bool) (_ *row, err error) {
-	all := slices.DeleteFunc(engines(), func(e engine) bool { return !only(e) })
+// checkpointShape has the engines checkpoint a container of a shape, a number of rounds, each time in another order. turns says how often each
+// has its turn in a round.
+func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, turns func(engine) int) (_ *row, err error) {
+	var all []engine
+	for n, some := 1, true; some; n++ {
+		some = false
+		for _, e := range engines() {
+			if turns(e) >= n {
+				all, some = append(all, e), true
+			}
+		}
+	}
 	of, err := b.containerd.run(ctx, "load", s)
 	if err != nil {
 		return nil, err

@@ -111,17 +111,22 @@ func parse(args []string) (settings, error) {
 // wants says whether a part is to be measured.
 func (s settings) wants(part string) bool { return s.only == "" || s.only == part }
 
-// wantsEngine says whether an engine is.
-func (s settings) wantsEngine(e engine) bool {
-	if s.engines == "" {
-		return true
-	}
+// closely is how often in a round those have their turn that bars compare most closely: what one makes of it differs more than they do.
+const closely = 3
+
+// turns says how often an engine has its turn in a round.
+func (s settings) turns(e engine) int {
+	wanted := s.engines == ""
 	for part := range strings.SplitSeq(s.engines, ",") {
-		if strings.Contains(e.name, part) {
-			return true
-		}
+		wanted = wanted || strings.Contains(e.name, part)
 	}
-	return false
+	switch {
+	case !wanted:
+		return 0
+	case s.short || e.name != criuAlone && e.name != crishim:
+		return 1
+	}
+	return closely
 }
 
 // inOwnMounts is set in the environment where this process has a mount namespace of its own.
@@ -187,7 +192,7 @@ func runInNodes(ctx context.Context, s settings, r *results) (err error) {
 	}
 	if s.wants(checkpointPart) {
 		for _, c := range cases(s) {
-			row, err := b.checkpointShape(ctx, c.shape, c.rounds, s.wantsEngine)
+			row, err := b.checkpointShape(ctx, c.shape, c.rounds, s.turns)
 			if err != nil {
 				return err
 			}

@@ -36,7 +36,12 @@ func (b *beds) measureScale(ctx context.Context, s settings) (*scale, error) {
 	}
 	result := &scale{Containers: containers}
 	for _, size := range sizes {
-		row, err := b.checkpointShape(ctx, shape{Memory: size, Processes: 1}, rounds, func(e engine) bool { return e.name == crishim })
+		row, err := b.checkpointShape(ctx, shape{Memory: size, Processes: 1}, rounds, func(e engine) int {
+			if e.name == crishim {
+				return 1
+			}
+			return 0
+		})
 		if err != nil {
 			return nil, err
 		}
