@@ -3,9 +3,6 @@ package archive
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
-	"hash"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -26,9 +23,10 @@ type ahead struct {
 
 // head is the beginning of a file that has been read.
 type head struct {
+	hasher
 	file *os.File // holds the inode, so that no other file has its number
-	hash hash.Hash
 	read int64
+	bad  bool // the hash is of no use any more
 }
 
 // Follow begins to compute the digests of what is being written into Images, with the processor time that nobody else wants: the tasks that
@@ -74,12 +72,11 @@ func (a *ahead) end() []*head {
 func (a *ahead) follow(ctx context.Context, images *os.File) {
 	const pause = 5 * time.Millisecond // CRIU writes some megabytes meanwhile
 	known := map[string]*head{}
-	buffer := make([]byte, 256<<10)
 	for ctx.Err() == nil {
 		look(images, known)
 		read := false
 		for _, h := range known {
-			read = h.advance(ctx, buffer) || read
+			read = h.advance(ctx) || read
 		}
 		if read {
 			continue
@@ -117,23 +114,24 @@ func look(images *os.File, known map[string]*head) {
 			continue
 		}
 		if f, err := openAt(images, name, unix.O_RDONLY); err == nil {
-			known[name] = &head{file: f, hash: sha256.New()}
+			known[name] = &head{hasher: hasher{Hash: sha256.New()}, file: f}
 		}
 	}
 }
 
 // advance reads on, to the end that the file has now or for a chunk's length, and says whether there was something.
-func (h *head) advance(ctx context.Context, buffer []byte) bool {
+func (h *head) advance(ctx context.Context) bool {
+	var st unix.Stat_t
+	if h.bad || unix.Fstat(int(h.file.Fd()), &st) != nil {
+		return false
+	}
 	before := h.read
-	for h.read < before+copyChunk && ctx.Err() == nil {
-		n, err := h.file.ReadAt(buffer, h.read)
-		h.hash.Write(buffer[:n])
-		h.read += int64(n)
-		if err != nil { // the end that it has yet; anything else Assemble will meet
-			if !errors.Is(err, io.EOF) {
-				return false
-			}
-			break
+	for end := min(before+copyChunk, st.Size); h.read < end && ctx.Err() == nil; {
+		n, err := h.add(Segment{File: h.file, Offset: h.read, Length: min(end-h.read, hashWindow)})
+		h.read += n
+		if err != nil { // which Assemble will meet
+			h.bad = true
+			return false
 		}
 	}
 	return h.read > before
@@ -156,7 +154,7 @@ func headOf(heads []*head, m member) *head {
 	}
 	for _, h := range heads {
 		var followed unix.Stat_t
-		if unix.Fstat(int(h.file.Fd()), &followed) == nil && followed.Dev == st.Dev && followed.Ino == st.Ino && h.read <= m.size {
+		if unix.Fstat(int(h.file.Fd()), &followed) == nil && followed.Dev == st.Dev && followed.Ino == st.Ino && h.read <= m.size && !h.bad {
 			return h
 		}
 	}

@@ -214,30 +214,28 @@ func (s *sum) read(ctx context.Context, m member) (string, error) {
 		return "", err
 	}
 	defer src.Close()
-	hash, read := sha256.New(), int64(0)
+	hash, read := hasher{Hash: sha256.New()}, int64(0)
 	if s.head != nil {
-		hash, read = s.head.hash, s.head.read
+		hash, read = s.head.hasher, s.head.read
 		pieces[0].Offset, pieces[0].Length = read, m.size-read
 	}
 	for range read / copyChunk {
 		s.chunks <- struct{}{}
 	}
-	buffer := make([]byte, min(m.size, 256<<10))
 	for _, piece := range pieces {
 		for done := int64(0); done < piece.Length; {
 			if ctx.Err() != nil {
 				return "", context.Cause(ctx)
 			}
-			n, err := piece.File.ReadAt(buffer[:min(int64(len(buffer)), piece.Length-done)], piece.Offset+done)
-			hash.Write(buffer[:n])
-			done += int64(n)
-			if err != nil && done < piece.Length {
+			n, err := hash.add(Segment{File: piece.File, Offset: piece.Offset + done, Length: min(piece.Length-done, hashWindow)})
+			done += n
+			if err != nil {
 				return "", shrank(err, piece.Length-done)
 			}
-			for next := read/copyChunk + 1; next <= (read+int64(n))/copyChunk; next++ {
+			for next := read/copyChunk + 1; next <= (read+n)/copyChunk; next++ {
 				s.chunks <- struct{}{}
 			}
-			read += int64(n)
+			read += n
 		}
 	}
 	return hex.EncodeToString(hash.Sum(nil)), nil
