@@ -127,7 +127,8 @@ func (h *head) advance(ctx context.Context) bool {
 	}
 	before := h.read
 	for end := min(before+copyChunk, st.Size); h.read < end && ctx.Err() == nil; {
-		n, err := h.add(Segment{File: h.file, Offset: h.read, Length: min(end-h.read, hashWindow)})
+		// Not mapped: who holds the lock of this process's mappings with the processor time that nobody else wants holds up those who capture.
+		n, err := h.copy(h.Hash, Segment{File: h.file, Offset: h.read, Length: min(end-h.read, hashWindow)})
 		h.read += n
 		if err != nil { // which Assemble will meet
 			h.bad = true

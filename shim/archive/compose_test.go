@@ -64,6 +64,37 @@ func TestCompose(t *testing.T) {
 	}
 }
 
+// TestTheBytesOfAComposedMember begin where most of them can be shared with the files that they come from.
+func TestTheBytesOfAComposedMember(t *testing.T) {
+	const align = 4096
+	for _, test := range []struct {
+		name     string
+		segments []Segment
+		want     int64
+	}{
+		{"that is a file", nil, 0},
+		{"of one piece", []Segment{{Offset: align, Length: bigSize}}, 0},
+		{"of one piece that begins elsewhere", []Segment{{Offset: align + 1024, Length: bigSize}}, 1024},
+		{"of a header and content that begins at a block", []Segment{{Length: 1536}, {Offset: align, Length: bigSize}}, align - 1536},
+		{"of much behind a little", []Segment{{Length: align + 512}, {Offset: 2 * align, Length: bigSize}, {Offset: 2*align + bigSize, Length: 512}}, align - 512},
+		{"of a little behind much", []Segment{{Length: bigSize + 512}, {Offset: bigSize + align, Length: bigSize / 2}}, 0},
+		{"of two that go together", []Segment{{Length: 3 * align}, {Offset: 4*align + 512, Length: 2*align - 512}, {Offset: 6 * align, Length: 3 * align}}, 512},
+		{"of small ones, of which no block can be shared, and one that can", []Segment{
+			{Length: align - 512}, {Offset: align, Length: align - 512}, {Offset: 2 * align, Length: align}, {Offset: 3*align + 512, Length: align - 512},
+		}, 1024},
+		{"of bytes that no tar can have there", []Segment{{Offset: 1, Length: bigSize}}, 0},
+	} {
+		m := member{name: RootfsDiff, composed: test.segments != nil, segments: test.segments}
+		for offset := int64(0); offset <= align; offset += blockSize {
+			header, err := alignedHeader(m, offset, align)
+			must(t, err)
+			if got := (offset + int64(len(header))) % align; got != test.want {
+				t.Errorf("a member %s, whose header is at %d, begins at %d, want %d", test.name, offset, got, test.want)
+			}
+		}
+	}
+}
+
 func TestComposeRefuses(t *testing.T) {
 	dir := rootDir(t)
 	source, err := os.OpenFile(dir+"/source", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)

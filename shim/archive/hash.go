@@ -32,16 +32,16 @@ func (h *hasher) add(piece Segment) (int64, error) {
 		switch {
 		case err != nil:
 			// The kernel tells what is wrong to who reads.
-			n, readErr := h.read(io.Discard, piece)
+			n, readErr := h.copy(io.Discard, piece)
 			return n, cmp.Or(readErr, err)
 		case mapped:
 			return piece.Length, nil
 		}
 	}
-	return h.read(h.Hash, piece)
+	return h.copy(h.Hash, piece)
 }
 
-// addMapped says whether the file can be mapped. The error is that of an access, to what is not there or cannot be read: SIGBUS.
+// addMapped says whether the file can be mapped. An access to what is not there or cannot be read is an error: SIGBUS.
 func (h *hasher) addMapped(piece Segment) (mapped bool, err error) {
 	before := piece.Offset % int64(os.Getpagesize())
 	memory, err := unix.Mmap(int(piece.File.Fd()), piece.Offset-before, int(before+piece.Length), unix.PROT_READ, unix.MAP_SHARED)
@@ -60,10 +60,15 @@ func (h *hasher) addMapped(piece Segment) (mapped bool, err error) {
 		}
 	}()
 	h.Write(memory[before:])
+	// What is behind the end in its last page is no fault, but zeros.
+	if info, err := piece.File.Stat(); err != nil || info.Size() < piece.Offset+piece.Length {
+		return true, cmp.Or(err, io.EOF)
+	}
 	return true, nil
 }
 
-func (h *hasher) read(to io.Writer, piece Segment) (int64, error) {
+// copy is add for what is read.
+func (h *hasher) copy(to io.Writer, piece Segment) (int64, error) {
 	if h.buffer == nil {
 		h.buffer = make([]byte, hashBuffer)
 	}

@@ -51,10 +51,12 @@ func TestAHashOfAFileThatIsShorter(t *testing.T) {
 	f, err := os.Create(t.TempDir() + "/file")
 	must(t, err)
 	defer f.Close()
-	must(t, f.Truncate(hashWindow/2))
 	h := hasher{Hash: sha256.New()}
-	if n, err := h.add(Segment{f, 0, hashWindow}); n != hashWindow/2 || err != io.EOF {
-		t.Errorf("%d bytes, %v", n, err)
+	for _, size := range []int64{hashWindow / 2, hashWindow/2 + 100, hashWindow - 1} {
+		must(t, f.Truncate(size))
+		if n, err := h.add(Segment{f, 0, hashWindow}); n != size || err != io.EOF {
+			t.Errorf("of a file of %d bytes, %d, %v", size, n, err)
+		}
 	}
 	if n, err := h.add(Segment{f, hashWindow, hashWindow}); n != 0 || err != io.EOF {
 		t.Errorf("behind the end: %d bytes, %v", n, err)

@@ -87,8 +87,8 @@ func (e *entry) content() int64 { return e.offset + int64(len(e.header)) }
 // them the manifest, if there is one. It gets the members' names and sizes here, which
 // is all that its own size depends on, and room for their digests.
 //
-// The bytes of big members begin at multiples of align, whatever becomes of them: so
-// archives are the same on all file systems.
+// The bytes of big members begin at multiples of align, or where most of a composed one can be shared, whatever becomes of
+// them: so archives are the same on all file systems.
 func layout(members []member, manifest *Manifest, digests bool, align int64, now time.Time) ([]entry, int64, error) {
 	members = append(slices.Clone(members), member{name: ImagesDir + "/", modTime: now})
 	slices.SortFunc(members, func(a, b member) int {
@@ -166,10 +166,28 @@ func padding(size int64) int64 {
 	return -size & (blockSize - 1)
 }
 
+// phase is how far behind a multiple of align a member's bytes are to begin: so that as many of them as can be are where they can be
+// shared with the files that they come from. That is possible where a piece is as far behind a multiple in its file as in the archive.
+func (m member) phase(align int64) int64 {
+	length := map[int64]int64{} // by the phase that serves it
+	best, position := int64(0), int64(0)
+	for _, piece := range m.segments {
+		phase := (piece.Offset - position) & (align - 1)
+		position += piece.Length
+		// Whole blocks can be shared.
+		length[phase] += max(0, (piece.Offset+piece.Length)&^(align-1)-(piece.Offset+align-1)&^(align-1))
+		if phase%blockSize == 0 && length[phase] > length[best] {
+			best = phase
+		}
+	}
+	return best
+}
+
 // alignedHeader is tarHeader for a member whose header is at offset, and whose bytes
-// begin at a multiple of align: a comment fills up what is missing.
+// begin where its phase says: a comment fills up what is missing.
 func alignedHeader(m member, offset, align int64) ([]byte, error) {
-	missing := func(header []byte) int64 { return -(offset + int64(len(header))) & (align - 1) }
+	phase := m.phase(align)
+	missing := func(header []byte) int64 { return (phase - offset - int64(len(header))) & (align - 1) }
 	header, err := tarHeader(m, 0)
 	if err != nil || missing(header) == 0 {
 		return header, err

@@ -192,7 +192,7 @@ func (s *Server) start(conn net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		conn.Close()
+		socket.Close()
 		return
 	}
 	s.links[l] = true

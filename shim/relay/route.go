@@ -65,7 +65,7 @@ func (s *Server) handler(r *route) http.Handler {
 // routeOf returns the route of a request by a look at its :path alone, nil where that does not tell: then the whole header list is to be
 // decoded and judged. To decode each list would be half of what the relay itself costs.
 //
-// The client's table must have size 0. Then a block means the same whatever was before it, and one that is wrong elsewhere may go to the
+// The client must have acknowledged a table of size 0. Then a block means the same whatever was before it, and one that is wrong elsewhere may go to the
 // runtime, which ends the connection over it as it would without a relay. A list of a single frame is within maxHeaderList, whatever is in it: the
 // longest field that a byte stands for counts 60 bytes.
 func (s *Server) routeOf(h headers) *route {
@@ -102,7 +102,7 @@ func findPath(block []byte) (path []byte, ok bool) {
 			index = r.number(7)
 			r.bad = r.bad || index == 0 || index == staticPath || index == staticIndex || index > staticEntries
 			continue
-		case first&0xc0 == 0x40: // a field that the table is to keep, which cannot
+		case first&0xc0 == 0x40: // a field that a table is to keep, if it can; nothing that refers to one gets by here
 			index = r.number(6)
 		case first&0xe0 == 0x20: // a new size of the table
 			r.bad = true

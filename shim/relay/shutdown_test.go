@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -184,4 +185,19 @@ func (l *tired) Accept() (net.Conn, error) {
 		return nil, errors.New("accept4: too many open files")
 	}
 	return l.Listener.Accept()
+}
+
+// TestAConnectionThatComesWithTheShutdown is closed.
+func TestAConnectionThatComesWithTheShutdown(t *testing.T) {
+	s := New(Config{Dial: (&fakeRuntime{socket: "/nonexistent"}).dial})
+	if err := s.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	accepted, client := socketPair(t)
+	defer client.Close()
+	s.start(accepted)
+	client.SetDeadline(time.Now().Add(patience))
+	if n, err := client.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Errorf("the client reads %d bytes, %v", n, err)
+	}
 }

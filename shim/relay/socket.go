@@ -20,7 +20,8 @@ import (
 //     process was idle before, and a proxy of small messages is idle before each.
 //   - Go's poller does not watch it. That would watch for writing as well, and of a Unix socket the kernel says each time that the peer has read
 //     something that it can now be written (unix_write_space): it would wake a thread that has nothing to write. Each direction has an epoll
-//     instance instead that watches for what is waited for, and that Go's poller watches.
+//     instance instead that watches for what is waited for, and that Go's poller watches (edge-triggered, which is sound for an epoll instance since
+//     Linux 5.7). So a socket takes three descriptors.
 //   - A small message is passed on before it is taken off the socket. To take it off tells the sender the same, whose thread often runs first.
 //
 // There may be one reader and one writer at a time. The other methods may be called at any time.
@@ -30,11 +31,11 @@ type socket struct {
 	peer          *Peer // nil where the kernel does not say
 	in, out       transfer
 
-	idle   func() // called by Read when it is time to pass on what was read before
+	idle   func() // called by Read when it is time to pass on what was read before; Close waits for it
 	gather bool   // that is only when there is nothing more to read; the reader's to set
 	seen   int    // bytes that the last Read has returned and that are to be taken off the socket
 	bulk   bool   // the last Read has returned much: to look at more before it is taken off would be to copy it twice
-	full   bool   // a Write has waited
+	full   bool   // a Write has found no room, and is told of more
 }
 
 // bulk is how much a Read returns at least where more like it is to be expected.
@@ -96,6 +97,9 @@ func (t *transfer) watch(fd int, events uint32) error {
 		return os.NewSyscallError("epoll_ctl", err)
 	}
 	t.ready = os.NewFile(uintptr(epoll), "epoll")
+	if err := t.ready.SetReadDeadline(time.Time{}); err != nil { // by which it shows that Go's poller has not taken it
+		return fmt.Errorf("watch epoll instance: %w", err)
+	}
 	t.raw, err = t.ready.SyscallConn()
 	return err
 }
@@ -115,8 +119,8 @@ func (s *socket) Close() error {
 	}
 	if s.seen > 0 {
 		// The peer would be told that the connection was reset, and not that it has ended.
-		s.in.b = make([]byte, s.seen)
-		_, _ = s.in.call(unix.SYS_RECVFROM, uintptr(s.fd), unix.MSG_DONTWAIT)
+		rest := transfer{b: make([]byte, s.seen)}
+		_, _ = rest.call(unix.SYS_RECVFROM, uintptr(s.fd), unix.MSG_DONTWAIT)
 	}
 	return os.NewSyscallError("close", unix.Close(s.fd))
 }
@@ -124,6 +128,7 @@ func (s *socket) Close() error {
 // SetReadDeadline is as in net.Conn, as are the two below.
 func (s *socket) SetReadDeadline(t time.Time) error { return s.in.ready.SetReadDeadline(t) }
 
+// SetWriteDeadline sets one for reading, too: who waits to write waits until the epoll instance can be read.
 func (s *socket) SetWriteDeadline(t time.Time) error { return s.out.ready.SetReadDeadline(t) }
 
 func (s *socket) SetDeadline(t time.Time) error {
@@ -203,10 +208,13 @@ func (s *socket) send(epoll uintptr) bool {
 			t.b = t.b[n:]
 			t.n += n
 		case unix.EAGAIN:
-			// The kernel looks at once whether it is ready meanwhile.
+			if s.full { // it was watched before this was tried: whatever the peer reads from now on wakes
+				return false
+			}
+			// And once more: of what the peer has read before it was watched, the kernel need not tell (ep_modify wakes nobody for what is still
+			// in the list of those that are ready from an earlier time).
 			if t.errno = s.watchFor(epoll, unix.EPOLLOUT); t.errno == 0 {
 				s.full = true
-				return false
 			}
 		case unix.EINTR:
 		default:

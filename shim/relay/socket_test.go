@@ -102,6 +102,27 @@ func TestASocketThatIsFull(t *testing.T) {
 	}
 }
 
+// TestASocketThatIsFullAgainAndAgain has a peer that takes all at once, and then waits for more: nothing that it does later wakes a Write.
+func TestASocketThatIsFullAgainAndAgain(t *testing.T) {
+	s, peer := newTestSocket(t)
+	const writes, size = 3000, 300 << 10
+	done := make(chan error)
+	go func() {
+		_, err := io.CopyN(io.Discard, peer, writes*size)
+		done <- err
+	}()
+	message := make([]byte, size)
+	s.SetWriteDeadline(time.Now().Add(patience))
+	for i := range writes {
+		if n, err := s.Write(message); err != nil {
+			t.Fatalf("write %d: %d bytes, %v", i, n, err)
+		}
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestTheEndOfASocket ends what waits on it, by a deadline and by Close.
 func TestTheEndOfASocket(t *testing.T) {
 	for _, test := range []struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -143,8 +144,8 @@ func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, turns f
 	}
 	r := &row{Shape: s, Name: s.String(), Samples: map[string][]sample{}}
 	for round := range rounds {
-		for i := range all {
-			e := all[turn(i, round, len(all))]
+		for _, i := range rand.New(rand.NewPCG(uint64(round), 0)).Perm(len(all)) {
+			e := all[i]
 			c := of
 			if e.podman {
 				c = podmans
@@ -159,15 +160,6 @@ func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, turns f
 		}
 	}
 	return r, nil
-}
-
-// turn is whose turn it is as the i-th of a number in a round: each round another is the first, and every other round goes backwards, so that
-// nobody always comes after the same one, whose traces in caches it would bear.
-func turn(i, round, number int) int {
-	if round%2 == 1 {
-		i = number - 1 - i
-	}
-	return (i + round) % number
 }
 
 // measure makes one checkpoint and removes it.

@@ -73,7 +73,7 @@ func parse(args []string) (settings, error) {
 	var s settings
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.BoolVar(&s.short, "short", false, "few rounds and small containers, to see that it works")
-	flags.IntVar(&s.rounds, "rounds", 0, "how often each checkpoint is made; 0 is 5, and 2 with --short")
+	flags.IntVar(&s.rounds, "rounds", 0, "rounds of checkpoints; 0 is 5, and 2 with --short")
 	flags.StringVar(&s.only, "only", "", "relay, checkpoint or scale: measure only that")
 	flags.StringVar(&s.engines, "engines", "", "parts of the names of those that checkpoint, divided by commas; empty is all")
 	flags.StringVar(&s.fs, "fs", "ext4", "file system that is made for it: ext4, xfs, btrfs or tmpfs")

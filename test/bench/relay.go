@@ -146,6 +146,15 @@ func measureRelay(ctx context.Context, s settings) (_ *relayResults, err error) 
 	return result, nil
 }
 
+// turn is whose turn it is as the i-th of a number in a round: each round another is the first, and every other round goes backwards, so that
+// nobody always comes after the same one, whose traces in caches it would bear.
+func turn(i, round, number int) int {
+	if round%2 == 1 {
+		i = number - 1 - i
+	}
+	return (i + round) % number
+}
+
 // connect makes a client like the kubelet's, and makes a few calls that are not measured.
 func (w *way) connect(ctx context.Context, socket string) (err error) {
 	// As in k8s.io/cri-client/pkg/remote_runtime.go of Kubernetes 1.34.
