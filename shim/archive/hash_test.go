@@ -16,7 +16,7 @@ func TestAHashOfAFile(t *testing.T) {
 	for i := range data {
 		data[i] = byte(i * i >> 7)
 	}
-	regular, err := os.Create(t.TempDir() + "/file")
+	regular, err := os.OpenFile(t.TempDir()+"/file", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	must(t, err)
 	defer regular.Close()
 	_, err = regular.Write(data)
@@ -48,7 +48,7 @@ func TestAHashOfAFile(t *testing.T) {
 
 // TestAHashOfAFileThatIsShorter ends as a read does, though the kernel kills who accesses what is behind the end of a mapped file.
 func TestAHashOfAFileThatIsShorter(t *testing.T) {
-	f, err := os.Create(t.TempDir() + "/file")
+	f, err := os.OpenFile(t.TempDir()+"/file", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	must(t, err)
 	defer f.Close()
 	h := hasher{Hash: sha256.New()}
