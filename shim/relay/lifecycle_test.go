@@ -3,6 +3,7 @@ package relay
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -441,5 +442,33 @@ func TestHoldEnds(t *testing.T) {
 	_, err = call(testContext(t), c, "/x.Y/Z", nil)
 	if took := time.Since(start); status.Code(err) != codes.Unavailable || took < defaultHold || defaultHold > 4*time.Second {
 		t.Errorf("after %v: %v", took, err)
+	}
+}
+
+// TestALinkBeginsWithoutATimer: one that is made to be stopped at once goes off nevertheless where the processor is busy, and then pongsDue would
+// be done with what was never begun.
+func TestALinkBeginsWithoutATimer(t *testing.T) {
+	s := New(Config{})
+	conn, peer := newTestSocket(t)
+	l := newLink(s, conn)
+	if l.tick != nil {
+		t.Fatal("there is a timer before there was a PING")
+	}
+	ping := parseFrame(append(appendHeader(nil, 8, http2.FramePing, 0, 0), make([]byte, 8)...))
+	l.mu.Lock()
+	for range 2 { // the second finds it running
+		l.pong(&l.client, ping)
+	}
+	l.mu.Unlock()
+	l.own.Wait()
+	l.flushNow(&l.client)
+	answers := make([]byte, 34)
+	if _, err := io.ReadFull(peer, answers); err != nil {
+		t.Fatal(err)
+	}
+	for _, answer := range [][]byte{answers[:17], answers[17:]} {
+		if f := parseFrame(answer); !f.is(http2.FramePing) || !f.has(http2.FlagPingAck) {
+			t.Errorf("answered with %s, flags %x", f.typ, f.flags)
+		}
 	}
 }

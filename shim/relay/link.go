@@ -41,7 +41,7 @@ type link struct {
 	ended   bool
 	client  outlet
 	runtime outlet
-	tick    *time.Timer // calls pongsDue
+	tick    *time.Timer // calls pongsDue; nil before the first PING
 	ticking bool
 
 	attached bool   // there is a runtime at the other end
@@ -80,8 +80,6 @@ func newLink(s *Server, conn *socket) *link {
 	l.changed = sync.NewCond(&l.mu)
 	l.client = outlet{conn: conn, wake: sync.NewCond(&l.mu)}
 	l.runtime = outlet{wake: sync.NewCond(&l.mu), closed: true}
-	l.tick = time.AfterFunc(pongDelay, l.pongsDue)
-	l.tick.Stop()
 	l.ctx, l.cancel = context.WithCancel(s.ctx)
 	return l
 }

@@ -71,7 +71,11 @@ func (l *link) pong(o *outlet, ping frame) {
 	case !l.ticking && !l.ended:
 		l.ticking = true
 		l.own.Add(1)
-		l.tick.Reset(pongDelay)
+		if l.tick == nil {
+			l.tick = time.AfterFunc(pongDelay, l.pongsDue)
+		} else {
+			l.tick.Reset(pongDelay)
+		}
 	}
 }
 
