@@ -26,7 +26,6 @@ type head struct {
 	hasher
 	file *os.File // holds the inode, so that no other file has its number
 	read int64
-	bad  bool // the hash is of no use any more
 }
 
 // Follow begins to compute the digests of what is being written into Images, with the processor time that nobody else wants: the tasks that
@@ -121,18 +120,13 @@ func look(images *os.File, known map[string]*head) {
 
 // advance reads on, to the end that the file has now or for a chunk's length, and says whether there was something.
 func (h *head) advance(ctx context.Context) bool {
-	var st unix.Stat_t
-	if h.bad || unix.Fstat(int(h.file.Fd()), &st) != nil {
-		return false
-	}
 	before := h.read
-	for end := min(before+copyChunk, st.Size); h.read < end && ctx.Err() == nil; {
+	for h.read < before+copyChunk && ctx.Err() == nil {
 		// Not mapped: who holds the lock of this process's mappings with the processor time that nobody else wants holds up those who capture.
-		n, err := h.copy(h.Hash, Segment{File: h.file, Offset: h.read, Length: min(end-h.read, hashWindow)})
+		n, err := h.copy(h.Hash, Segment{File: h.file, Offset: h.read, Length: hashBuffer})
 		h.read += n
-		if err != nil { // which Assemble will meet
-			h.bad = true
-			return false
+		if err != nil { // the end that it has yet; anything else Assemble will meet
+			break
 		}
 	}
 	return h.read > before
@@ -155,7 +149,7 @@ func headOf(heads []*head, m member) *head {
 	}
 	for _, h := range heads {
 		var followed unix.Stat_t
-		if unix.Fstat(int(h.file.Fd()), &followed) == nil && followed.Dev == st.Dev && followed.Ino == st.Ino && h.read <= m.size && !h.bad {
+		if unix.Fstat(int(h.file.Fd()), &followed) == nil && followed.Dev == st.Dev && followed.Ino == st.Ino && h.read <= m.size {
 			return h
 		}
 	}

@@ -19,13 +19,14 @@ const (
 )
 
 // A hasher feeds files to a hash. To read a file is to copy it first, which takes an eighth of what SHA-256 takes, so that it is mapped where
-// that can be. It is for one goroutine. After an error the hash is of no use.
+// that can be. It is for one goroutine.
 type hasher struct {
 	hash.Hash
 	buffer []byte // for what is read
 }
 
 // add takes in a piece of a file, of at most hashWindow, and returns how much: less only with an error, which is io.EOF where the file is shorter.
+// After that the hash is of no use.
 func (h *hasher) add(piece Segment) (int64, error) {
 	if piece.Length > hashBuffer {
 		mapped, err := h.addMapped(piece)
@@ -67,7 +68,7 @@ func (h *hasher) addMapped(piece Segment) (mapped bool, err error) {
 	return true, nil
 }
 
-// copy is add for what is read.
+// copy reads a piece, of any length, and passes on what it returns, also with an error.
 func (h *hasher) copy(to io.Writer, piece Segment) (int64, error) {
 	if h.buffer == nil {
 		h.buffer = make([]byte, hashBuffer)
