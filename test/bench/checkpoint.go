@@ -144,7 +144,7 @@ func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, turns f
 	}
 	r := &row{Shape: s, Name: s.String(), Samples: map[string][]sample{}}
 	for round := range rounds {
-		for _, i := range rand.New(rand.NewPCG(uint64(round), 0)).Perm(len(all)) {
+		for _, i := range order(round, 0, len(all)) {
 			e := all[i]
 			c := of
 			if e.podman {
@@ -160,6 +160,12 @@ func (b *beds) checkpointShape(ctx context.Context, s shape, rounds int, turns f
 		}
 	}
 	return r, nil
+}
+
+// order is that in which a number of things have their turn at a part of a round: another one each time, so that nobody always comes after the
+// same one, whose traces in caches it would bear, and the same in each run.
+func order(round, part, number int) []int {
+	return rand.New(rand.NewPCG(uint64(round), uint64(part))).Perm(number)
 }
 
 // measure makes one checkpoint and removes it.

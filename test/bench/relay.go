@@ -114,8 +114,8 @@ func measureRelay(ctx context.Context, s settings) (_ *relayResults, err error) 
 	}
 	for round := range rounds {
 		for i, test := range []func(context.Context, *way) error{unary, unary16, list, list4, eventStream} {
-			for j := range ways {
-				w := ways[(turn(j, round, len(ways))+i)%len(ways)]
+			for _, j := range order(round, i, len(ways)) {
+				w := ways[j]
 				if err := test(ctx, w); err != nil {
 					return nil, fmt.Errorf("%s: %w", w.name, err)
 				}
@@ -144,15 +144,6 @@ func measureRelay(ctx context.Context, s settings) (_ *relayResults, err error) 
 		result.Ways = append(result.Ways, w.wayResult)
 	}
 	return result, nil
-}
-
-// turn is whose turn it is as the i-th of a number in a round: each round another is the first, and every other round goes backwards, so that
-// nobody always comes after the same one, whose traces in caches it would bear.
-func turn(i, round, number int) int {
-	if round%2 == 1 {
-		i = number - 1 - i
-	}
-	return (i + round) % number
 }
 
 // connect makes a client like the kubelet's, and makes a few calls that are not measured.
