@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"crishim/test/disks"
 )
 
 // What an archive of 1 GiB costs until it is on the disk, on each file system, with and without digests, in one image and in four: time, the
@@ -26,7 +28,7 @@ func BenchmarkAssemble(b *testing.B) {
 		for _, images := range []int{1, 4} {
 			for _, options := range []Options{{}, {Digest: None}, {Compression: Zstd}} {
 				b.Run(fmt.Sprintf("%s/images=%d/%s%s", fs.name, images, options.Compression, options.Digest), func(b *testing.B) {
-					dir := mountNew(b, fs.mkfs, 5<<10)
+					dir := disks.Mount(b, fs.mkfs, 5<<10)
 					b.SetBytes(int64(len(pages)))
 					var processor time.Duration
 					var written, room int64
@@ -35,10 +37,10 @@ func BenchmarkAssemble(b *testing.B) {
 						unix.Sync()
 						start := diskWrites(b, dir)
 						s := benchStaging(b, dir+"/a.tar", pages, images)
-						staged, most := used(b, dir), int64(0)
+						staged, most := disks.Used(b, dir), int64(0)
 						before := processorTime(b)
 						b.StartTimer()
-						if err := s.Assemble(b.Context(), options, func(int64) { most = max(most, used(b, dir)) }); err != nil {
+						if err := s.Assemble(b.Context(), options, func(int64) { most = max(most, disks.Used(b, dir)) }); err != nil {
 							b.Fatal(err)
 						}
 						if err := s.Publish(b.Context()); err != nil {

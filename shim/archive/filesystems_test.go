@@ -5,14 +5,14 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"os"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"crishim/test/disks"
 )
 
 // fileSystems are those on which archives are put together in different ways.
@@ -31,67 +31,6 @@ var fileSystems = []struct {
 	{"tmpfs", nil, false, false},
 }
 
-// mountNew mounts a new file system of so many MiB from a file, and returns where.
-func mountNew(t testing.TB, mkfs []string, mib int64) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/var/tmp", "crishim-fs-")
-	must(t, err)
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	mountPoint := dir + "/mnt"
-	must(t, os.Mkdir(mountPoint, 0o755))
-	args := []string{"-t", "tmpfs", "-o", fmt.Sprintf("size=%dm", mib), "tmpfs", mountPoint}
-	if mkfs != nil {
-		if _, err := exec.LookPath(mkfs[0]); err != nil {
-			t.Skipf("needs %s", mkfs[0])
-		}
-		image, err := os.OpenFile(dir+"/image", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		must(t, err)
-		must(t, image.Truncate(mib<<20))
-		must(t, image.Close())
-		run(t, mkfs[0], append(mkfs[1:], image.Name())...)
-		makeLoopDevices(t)
-		args = []string{"-o", "loop", image.Name(), mountPoint}
-	}
-	run(t, "mount", args...)
-	t.Cleanup(func() { run(t, "umount", mountPoint) })
-	must(t, os.Chmod(mountPoint, 0o755))
-	return mountPoint
-}
-
-// makeLoopDevices makes the nodes of loop devices where there are none, as in a test node.
-func makeLoopDevices(t testing.TB) {
-	t.Helper()
-	nodes := map[string]uint64{"/dev/loop-control": unix.Mkdev(10, 237)} // Documentation/admin-guide/devices.txt
-	for n := range uint32(64) {
-		nodes[fmt.Sprintf("/dev/loop%d", n)] = unix.Mkdev(7, n)
-	}
-	if _, err := os.Stat("/dev/loop-control"); err == nil {
-		return
-	}
-	for path, device := range nodes {
-		kind := uint32(unix.S_IFBLK)
-		if path == "/dev/loop-control" {
-			kind = unix.S_IFCHR
-		}
-		must(t, unix.Mknod(path, kind|0o600, int(device)))
-	}
-}
-
-func run(t testing.TB, name string, args ...string) {
-	t.Helper()
-	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-		t.Fatalf("run %s %q: %v\n%s", name, args, err, out)
-	}
-}
-
-// used is how many bytes of a file system are taken.
-func used(t testing.TB, dir string) int64 {
-	t.Helper()
-	var st unix.Statfs_t
-	must(t, unix.Statfs(dir, &st))
-	return int64(st.Blocks-st.Bfree) * int64(st.Bsize)
-}
-
 // On each file system the way is the one that is meant for it, the archive has the same bytes, and the room that it takes
 // meanwhile is that of itself.
 func TestFileSystems(t *testing.T) {
@@ -104,7 +43,7 @@ func TestFileSystems(t *testing.T) {
 	var first [sha256.Size]byte
 	for i, fs := range fileSystems {
 		t.Run(fs.name, func(t *testing.T) {
-			dir := mountNew(t, fs.mkfs, 400)
+			dir := disks.Mount(t, fs.mkfs, 400)
 			s := stage(t, dir+"/a.tar")
 			if can := s.probe(); can.insert != fs.insert || can.clone != fs.clone {
 				t.Errorf("it can insert: %t, clone: %t; want %t, %t", can.insert, can.clone, fs.insert, fs.clone)
@@ -119,9 +58,9 @@ func TestFileSystems(t *testing.T) {
 				must(t, os.Chtimes(s.Dir().Name()+"/"+name, modTime, modTime))
 			}
 			unix.Sync()
-			before := used(t, dir)
+			before := disks.Used(t, dir)
 			most := before
-			must(t, s.Assemble(t.Context(), Options{}, func(int64) { most = max(most, used(t, dir)) }))
+			must(t, s.Assemble(t.Context(), Options{}, func(int64) { most = max(most, disks.Used(t, dir)) }))
 			must(t, s.Publish(t.Context()))
 			if left := names(t, s.location.dir.Name()); len(left) != 1 && !strings.HasPrefix(fs.name, "ext4") {
 				t.Errorf("left %v", left)
@@ -158,7 +97,7 @@ func TestInsertFails(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to mount file systems")
 	}
-	dir := mountNew(t, []string{"mkfs.ext4", "-q", "-F", "-O", "^extents,^64bit"}, 100)
+	dir := disks.Mount(t, []string{"mkfs.ext4", "-q", "-F", "-O", "^extents,^64bit"}, 100)
 	s := stage(t, dir+"/a.tar")
 	members := fill(t, s)
 	list, err := s.members()

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"crishim/test/disks"
 )
 
 // What Assemble takes is no more than Extra says. With less, it fails at one moment or another, in the middle of inserting as well as of copying, and
@@ -37,7 +39,7 @@ func TestRoomForAssembling(t *testing.T) {
 				if strings.HasPrefix(fs.name, "ext4") {
 					mkfs = append(slices.Clone(mkfs), "-m", "0") // nothing for root, which may use more than is free
 				}
-				dir := mountNew(t, mkfs, 320)
+				dir := disks.Mount(t, mkfs, 320)
 				for _, share := range []int64{100, 60, 30, 5} { // of Extra, in per cent
 					l, err := OpenLocation(dir + "/a.tar")
 					must(t, err)
@@ -116,7 +118,7 @@ func TestCancelWhileInserting(t *testing.T) {
 			continue
 		}
 		t.Run(fs.name, func(t *testing.T) {
-			dir := mountNew(t, fs.mkfs, 400)
+			dir := disks.Mount(t, fs.mkfs, 400)
 			succeeded := false
 			for wait := time.Duration(0); !succeeded; wait += 10 * time.Millisecond {
 				l, err := OpenLocation(dir + "/a.tar")

@@ -18,6 +18,9 @@ const (
 	frameSize = 1 << 20
 	// maxWindow is what a frame may need to be decompressed, in bytes: as much as the program zstd allows.
 	maxWindow = 128 << 20
+	// reserve is how much longer than its content the file is made while it is written: for one that grows by writing XFS takes as
+	// much room again.
+	reserve = 64 << 20
 )
 
 // compressed is an archive that is compressed on all processors while it is written.
@@ -26,6 +29,7 @@ type compressed struct {
 	encoder *zstd.Encoder
 	at      int64 // in the archive
 	written int64 // in the file
+	size    int64 // of the file, more than was written until the end
 	frames  []frame
 	filling int // frame that is being filled; the next one is the oldest
 	chunk   []byte
@@ -99,6 +103,11 @@ func (c *compressed) flush(f *frame) error {
 		return nil
 	}
 	<-f.done
+	if end := c.written + int64(len(f.packed)); end > c.size {
+		if err := c.truncate((end + 2*reserve - 1) &^ (reserve - 1)); err != nil {
+			return err
+		}
+	}
 	n, err := c.file.WriteAt(f.packed, c.written)
 	_ = unix.SyncFileRange(int(c.file.Fd()), c.written, int64(n), unix.SYNC_FILE_RANGE_WRITE) // only a hint
 	c.written += int64(n)
@@ -145,7 +154,12 @@ func (c *compressed) end() error {
 		}
 		c.filling = (c.filling + 1) % len(c.frames)
 	}
-	return nil
+	return c.truncate(c.written)
+}
+
+func (c *compressed) truncate(size int64) error {
+	c.size = size
+	return c.file.Truncate(size)
 }
 
 // Decompress returns what r has, decompressed where it begins as zstd does, and tells whether that was so. What it returns is

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"crishim/test/disks"
 )
 
 func (o overlay) layer(t *testing.T) Layer {
@@ -27,7 +29,12 @@ func (o overlay) layer(t *testing.T) Layer {
 // newTestCopy is a Copy that takes any file system, and all that has been at rest for a tick of the clock.
 func newTestCopy(t testing.TB, layer Layer) *Copy {
 	t.Helper()
-	dir := t.TempDir()
+	return newTestCopyIn(t, t.TempDir(), layer)
+}
+
+// newTestCopyIn has its spools in a directory.
+func newTestCopyIn(t testing.TB, dir string, layer Layer) *Copy {
+	t.Helper()
 	var spools [4]*os.File
 	for i := range spools {
 		f, err := os.OpenFile(fmt.Sprintf("%s/%d", dir, i), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -172,5 +179,37 @@ func TestTwoPasses(t *testing.T) {
 				t.Error("nothing comes from the first pass")
 			}
 		})
+	}
+}
+
+// XFS takes as much room again for a file that grows, before anything is written there.
+func TestSpoolsTakeNoMoreRoomThanTheyNeed(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to mount file systems")
+	}
+	dir := disks.Mount(t, []string{"mkfs.xfs", "-q", "-f"}, 1<<10)
+	upper := dir + "/upper"
+	must(t, os.Mkdir(upper, 0o755))
+	const large, files, size = 128 << 20, 160, 200 << 10 // the large one is shared, the others are copied
+	must(t, os.WriteFile(upper+"/a", bytes.Repeat([]byte("big "), large/4), 0o644))
+	must(t, os.Mkdir(upper+"/small", 0o755))
+	for i := range files {
+		must(t, os.WriteFile(fmt.Sprintf("%s/small/%d", upper, i), bytes.Repeat([]byte("small"), size/5), 0o644))
+	}
+	unix.Sync()
+	tick(t)
+	opened, err := os.Open(upper)
+	must(t, err)
+	defer opened.Close()
+	c := newTestCopyIn(t, dir, Layer{Upper: opened, Merged: opened})
+	before := disks.Used(t, dir)
+	must(t, c.Begin(t.Context()))
+	for range 2 { // as where the dump is tried again
+		_, err = c.Finish(t.Context(), func(string) error { return nil })
+		must(t, err)
+	}
+	const most = files*size + 8<<20
+	if took := disks.Used(t, dir) - before; took > most {
+		t.Errorf("%d MiB were taken to copy %d", took>>20, files*size>>20)
 	}
 }

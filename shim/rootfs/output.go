@@ -81,6 +81,8 @@ const (
 	// sharedBlock is what content must begin at a multiple of, in both files, for the file
 	// systems that can share it instead of copying it (XFS, btrfs): the size of their blocks.
 	sharedBlock = 4096
+	// spoolReserve is how much longer than its content a spool is made: for a file that grows by writing XFS takes as much room again.
+	spoolReserve = 64 << 20
 )
 
 // spool is an output in a file of our own, from which pieces are put together later.
@@ -89,6 +91,7 @@ type spool struct {
 	file     *os.File
 	buf      []byte
 	position int64 // of what is written next
+	size     int64 // of the file, more than was written
 	started  int64 // up to where the disk has been told to begin
 	hurry    bool  // the container stands still
 
@@ -107,14 +110,30 @@ func (s *spool) reset() error {
 	}
 	_, err := s.file.Seek(0, io.SeekStart)
 	s.Writer.Reset(s.file)
-	s.position, s.started = 0, 0
+	s.position, s.size, s.started = 0, 0, 0
 	return err
 }
 
 func (s *spool) Write(b []byte) (int, error) {
+	if err := s.reserve(int64(len(b))); err != nil {
+		return 0, err
+	}
 	n, err := s.Writer.Write(b)
 	s.position += int64(n)
 	return n, err
+}
+
+// reserve makes the file long enough for so many bytes more.
+func (s *spool) reserve(more int64) error {
+	if s.position+more <= s.size {
+		return nil
+	}
+	size := (s.position + more + 2*spoolReserve - 1) &^ (spoolReserve - 1)
+	if err := s.file.Truncate(size); err != nil {
+		return err
+	}
+	s.size = size
+	return nil
 }
 
 func (s *spool) flush() error { return s.Flush() }
@@ -149,9 +168,12 @@ func (s *spool) copy(ctx context.Context, e *entry, part extent) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		at := from
+		at, length := from, min(part.end()-from, copyPiece)
+		if err := s.reserve(length); err != nil {
+			return fmt.Errorf("write content of %s: %w", quote(e.path), err)
+		}
 		// It shares what it can share, before it copies.
-		n, err := unix.CopyFileRange(e.file, &at, int(s.file.Fd()), nil, int(min(part.end()-from, copyPiece)), 0)
+		n, err := unix.CopyFileRange(e.file, &at, int(s.file.Fd()), nil, int(length), 0)
 		switch {
 		case err == unix.EINTR || err == unix.EAGAIN:
 			continue

@@ -184,11 +184,37 @@ func (d *disk) settle(ctx context.Context) error {
 
 // used is how many bytes are taken, delayed allocations included.
 func (d *disk) used() (int64, error) {
+	if d.kind == "btrfs" && d.loop != "" {
+		return d.btrfsUsed()
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(d.dir, &st); err != nil {
 		return 0, fmt.Errorf("statfs %s: %w", d.dir, err)
 	}
 	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
+}
+
+// btrfsUsed is what btrfs has handed out of its data, and not taken back for good. Its statfs tells of that only with the next commit,
+// before which a checkpoint may have come and gone.
+func (d *disk) btrfsUsed() (int64, error) {
+	found, err := filepath.Glob("/sys/fs/btrfs/*/devices/" + d.loop)
+	if err != nil || len(found) != 1 {
+		return 0, errors.Join(fmt.Errorf("look up %s in /sys/fs/btrfs: %d found", d.loop, len(found)), err)
+	}
+	data := filepath.Join(filepath.Dir(filepath.Dir(found[0])), "allocation/data")
+	var sum int64
+	for _, name := range []string{"bytes_used", "bytes_reserved", "bytes_may_use", "bytes_pinned"} {
+		content, err := os.ReadFile(filepath.Join(data, name))
+		if err != nil {
+			return 0, err
+		}
+		bytes, err := strconv.ParseInt(strings.TrimSpace(string(content)), 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("read %s of %s: %w", name, d.loop, err)
+		}
+		sum += bytes
+	}
+	return sum, nil
 }
 
 // written is how many bytes the device has been given to write so far, 0 if that is not known.
