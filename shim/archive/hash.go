@@ -70,12 +70,12 @@ func (h *hasher) addMapped(piece Segment) (mapped bool, err error) {
 
 // copy reads a piece, of any length, and passes on what it returns, also with an error.
 func (h *hasher) copy(to io.Writer, piece Segment) (int64, error) {
-	if h.buffer == nil {
-		h.buffer = make([]byte, hashBuffer)
+	if need := min(hashBuffer, piece.Length); int64(len(h.buffer)) < need { // a checkpoint has many small files
+		h.buffer = make([]byte, need)
 	}
 	done := int64(0)
 	for done < piece.Length {
-		n, err := piece.File.ReadAt(h.buffer[:min(hashBuffer, piece.Length-done)], piece.Offset+done)
+		n, err := piece.File.ReadAt(h.buffer[:min(int64(len(h.buffer)), piece.Length-done)], piece.Offset+done)
 		_, _ = to.Write(h.buffer[:n]) // a hash's never fails
 		done += int64(n)
 		if err != nil && done < piece.Length {
