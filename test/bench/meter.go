@@ -93,9 +93,11 @@ func (m *meter) sample(start int64) {
 // descendants are a process and those that it and its children have started. One that ends meanwhile is left out.
 func descendants(pid int) []int {
 	all := []int{pid}
-	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid)) // the pattern is well-formed
-	for _, list := range lists {
-		content, err := os.ReadFile(list)
+	tasks := fmt.Sprintf("/proc/%d/task", pid)
+	threads, _ := os.ReadDir(tasks) // none of a process that has ended
+	for _, thread := range threads {
+		// Not by a pattern: for one all that /proc has of the thread is listed, and the processors are for what is measured.
+		content, err := os.ReadFile(filepath.Join(tasks, thread.Name(), "children"))
 		if err != nil {
 			continue
 		}
