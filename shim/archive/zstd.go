@@ -18,9 +18,9 @@ const (
 	frameSize = 1 << 20
 	// maxWindow is what a frame may need to be decompressed, in bytes: as much as the program zstd allows.
 	maxWindow = 128 << 20
-	// reserve is how much longer than its content the file is made while it is written: for one that grows by writing XFS takes as
+	// compressedReserve is how much longer than its content the file is made while it is written: for one that grows by writing XFS takes as
 	// much room again.
-	reserve = 64 << 20
+	compressedReserve = 64 << 20
 )
 
 // compressed is an archive that is compressed on all processors while it is written.
@@ -104,7 +104,7 @@ func (c *compressed) flush(f *frame) error {
 	}
 	<-f.done
 	if end := c.written + int64(len(f.packed)); end > c.size {
-		if err := c.truncate((end + 2*reserve - 1) &^ (reserve - 1)); err != nil {
+		if err := c.truncate((end + 2*compressedReserve - 1) &^ (compressedReserve - 1)); err != nil {
 			return err
 		}
 	}
