@@ -104,14 +104,14 @@ func (d *disk) attach(ctx context.Context, image string, size int64) (device str
 // writeOnce fills a file with zeros. To write to a block for the first time takes longer, since the file system below notes that it was, and who of
 // those that are compared comes to write where nobody has depends on where the file system puts what they write.
 func writeOnce(ctx context.Context, path string, size int64) (err error) {
-	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	file, err := os.OpenFile(path, os.O_WRONLY|unix.O_DIRECT, 0)
 	if errors.Is(err, unix.EINVAL) {
-		fd, err = unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+		file, err = os.OpenFile(path, os.O_WRONLY, 0)
 	}
 	if err != nil {
-		return &os.PathError{Op: "open", Path: path, Err: err}
+		return err
 	}
-	defer func() { err = errors.Join(err, unix.Close(fd)) }()
+	defer func() { err = errors.Join(err, file.Close()) }()
 	zeros, err := unix.Mmap(-1, 0, 8<<20, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS) // O_DIRECT needs whole pages
 	if err != nil {
 		return fmt.Errorf("mmap: %w", err)
@@ -121,13 +121,13 @@ func writeOnce(ctx context.Context, path string, size int64) (err error) {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		n, err := unix.Pwrite(fd, zeros[:min(size-at, int64(len(zeros)))], at)
-		if err != nil && err != unix.EINTR {
-			return &os.PathError{Op: "write", Path: path, Err: err}
+		n, err := file.Write(zeros[:min(size-at, int64(len(zeros)))])
+		if err != nil {
+			return err
 		}
-		at += int64(max(n, 0))
+		at += int64(n)
 	}
-	return unix.Fsync(fd)
+	return file.Sync()
 }
 
 // useDir takes a directory of an existing file system. What reaches the device is not counted then: it is not ours alone.
