@@ -28,7 +28,7 @@ type head struct {
 	read int64
 }
 
-// Follow begins to compute the digests of what is being written into Images, with the processor time that nobody else wants: the tasks that
+// Follow begins to compute the digests of what is being written into Images, behind all who want the processor: the tasks that
 // are dumped stand still meanwhile. Assemble, or Remove, ends it.
 func (s *Staging) Follow(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -37,7 +37,7 @@ func (s *Staging) Follow(ctx context.Context) {
 	go func() {
 		defer close(a.done)
 		runtime.LockOSThread()
-		normal, err := beIdle()
+		normal, err := standBack()
 		if err != nil {
 			return // locked: the thread ends, in whatever class it is
 		}
@@ -48,12 +48,17 @@ func (s *Staging) Follow(ctx context.Context) {
 	}()
 }
 
-// beIdle puts the calling thread into SCHED_IDLE (Linux 2.6.23), and returns what it was before.
-func beIdle() (before *unix.SchedAttr, err error) {
+// standBack gives the calling thread the least weight and no claim to interrupt others (SCHED_BATCH, Linux 2.6.16), and returns what it was before.
+//
+// SCHED_IDLE would be less, and holds up the dump: whoever wakes a thread takes a processor with nothing but such tasks for a free one, and
+// then CRIU's command to a task of the container waits there for up to a tick (4 ms), since SCHED_IDLE gives way at once to tasks of its own cgroup
+// only (find_matching_se in kernel/sched/fair.c, seen on Linux 6.18).
+func standBack() (before *unix.SchedAttr, err error) {
+	const least = 19 // nice
 	if before, err = unix.SchedGetAttr(0, 0); err != nil {
 		return nil, err
 	}
-	return before, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}, 0)
+	return before, unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_BATCH, Nice: least}, 0)
 }
 
 // end ends the following and returns the heads, whose files are then the caller's. It may be called on nil, and again.
@@ -122,7 +127,7 @@ func look(images *os.File, known map[string]*head) {
 func (h *head) advance(ctx context.Context) bool {
 	before := h.read
 	for h.read < before+copyChunk && ctx.Err() == nil {
-		// Not mapped: who holds the lock of this process's mappings with the processor time that nobody else wants holds up those who capture.
+		// Not mapped: who holds the lock of this process's mappings, and has to wait for the processor, holds up those who capture.
 		n, err := h.copy(h.Hash, Segment{File: h.file, Offset: h.read, Length: hashBuffer})
 		h.read += n
 		if err != nil { // the end that it has yet; anything else Assemble will meet
