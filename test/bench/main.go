@@ -171,6 +171,15 @@ func runInNodes(ctx context.Context, s settings, r *results) (err error) {
 	if err := node.Build(ctx); err != nil {
 		return err
 	}
+	touch := 64 << 30
+	if s.short {
+		touch = 1 << 30
+	}
+	held, err := holdMemory(ctx, touch)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, held.close()) }()
 	var d *disk
 	if s.dir != "" {
 		d, err = useDir(s.dir)
