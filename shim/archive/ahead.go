@@ -24,8 +24,9 @@ type ahead struct {
 // head is the beginning of a file that has been read.
 type head struct {
 	hasher
-	file *os.File // holds the inode, so that no other file has its number
-	read int64
+	file   *os.File // holds the inode, so that no other file has its number
+	read   int64
+	failed bool // so that the hash is of no use
 }
 
 // Follow begins to compute the digests of what is being written into Images, behind all who want the processor: the tasks that
@@ -123,14 +124,17 @@ func look(images *os.File, known map[string]*head) {
 	}
 }
 
-// advance reads on, to the end that the file has now or for a chunk's length, and says whether there was something.
+// advance reads on, to the last whole window that the file has now or for a chunk's length, and says whether there was something.
 func (h *head) advance(ctx context.Context) bool {
+	info, err := h.file.Stat()
+	if err != nil || h.failed { // Assemble will meet the cause
+		return false
+	}
 	before := h.read
-	for h.read < before+copyChunk && ctx.Err() == nil {
-		// Not mapped: who holds the lock of this process's mappings, and has to wait for the processor, holds up those who capture.
-		n, err := h.copy(h.Hash, Segment{File: h.file, Offset: h.read, Length: hashBuffer})
+	for h.read < before+copyChunk && h.read+hashWindow <= info.Size() && ctx.Err() == nil {
+		n, err := h.add(Segment{File: h.file, Offset: h.read, Length: hashWindow})
 		h.read += n
-		if err != nil { // the end that it has yet; anything else Assemble will meet
+		if h.failed = err != nil; h.failed {
 			break
 		}
 	}
@@ -154,7 +158,7 @@ func headOf(heads []*head, m member) *head {
 	}
 	for _, h := range heads {
 		var followed unix.Stat_t
-		if unix.Fstat(int(h.file.Fd()), &followed) == nil && followed.Dev == st.Dev && followed.Ino == st.Ino && h.read <= m.size {
+		if unix.Fstat(int(h.file.Fd()), &followed) == nil && followed.Dev == st.Dev && followed.Ino == st.Ino && h.read <= m.size && !h.failed {
 			return h
 		}
 	}
