@@ -121,6 +121,9 @@ func (r *results) scaleTables(line func(string, ...any)) {
 	for _, name := range slices.Sorted(maps.Keys(s.AtOnce)) {
 		line("| %s | %s |", name, spread(s.AtOnce[name], 1, "%.2f"))
 	}
+	for _, name := range slices.Sorted(maps.Keys(s.Failed)) {
+		line("\nCheckpoints of %s failed in %d rounds, which are not among these.", name, s.Failed[name])
+	}
 	line("")
 }
 
