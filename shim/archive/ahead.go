@@ -127,16 +127,14 @@ func look(images *os.File, known map[string]*head) {
 // advance reads on, to the last whole window that the file has now or for a chunk's length, and says whether there was something.
 func (h *head) advance(ctx context.Context) bool {
 	info, err := h.file.Stat()
-	if err != nil || h.failed { // Assemble will meet the cause
+	if err != nil { // Assemble will meet it
 		return false
 	}
 	before := h.read
-	for h.read < before+copyChunk && h.read+hashWindow <= info.Size() && ctx.Err() == nil {
+	for !h.failed && h.read < before+copyChunk && h.read+hashWindow <= info.Size() && ctx.Err() == nil {
 		n, err := h.add(Segment{File: h.file, Offset: h.read, Length: hashWindow})
 		h.read += n
-		if h.failed = err != nil; h.failed {
-			break
-		}
+		h.failed = err != nil
 	}
 	return h.read > before
 }

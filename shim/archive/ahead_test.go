@@ -81,3 +81,21 @@ func TestFollow(t *testing.T) {
 		})
 	}
 }
+
+// What could not be read to the end of a window is in no digest.
+func TestFollowFails(t *testing.T) {
+	s := stage(t, rootDir(t)+"/a.tar")
+	must(t, s.WriteFile(ImagesDir+"/pages-1.img", make([]byte, 2*hashWindow)))
+	unreadable, err := os.OpenFile(s.Images().Name()+"/pages-1.img", os.O_WRONLY, 0)
+	must(t, err)
+	defer unreadable.Close()
+	h := &head{hasher: hasher{Hash: sha256.New()}, file: unreadable}
+	if h.advance(t.Context()) || !h.failed {
+		t.Errorf("%d bytes of a file that cannot be read are taken in", h.read)
+	}
+	members, err := s.members()
+	must(t, err)
+	if headOf([]*head{h}, members[0]) != nil {
+		t.Error("what was read before a failure is used")
+	}
+}

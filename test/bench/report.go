@@ -71,7 +71,8 @@ most that the engine's own processes held at once, without CRIU: RssAnon, and Vm
 
 All but podman checkpoint the same container, in a pod of containerd; podman has one like it. All that is written is on the one file system:
 CRIU's images and the archive of crishim, of runc and of criu alone in /data; containerd's images in /tmp, its copies in /var/lib/containerd;
-podman's images in its graphroot. All free memory was touched first, and is then kept from a host that would take it back. Bars compare crishim and criu alone most closely: in a round these have their turn three times (with --short, once).
+podman's images in its graphroot. All free memory was touched first, and is then kept from a host that would take it back.
+Bars compare crishim and criu alone most closely: in a round these have their turn three times (with --short, once).
 
 - %s: the options that runc would have given it, and no network lock, as crishim has it where no connection is established. No archive: this is the floor.
 - %s: with the upper directory in the tar where there is a layer worth the name.
